@@ -1,0 +1,191 @@
+"""The verb ``bench``: every subject in processes of its own, in turn, on the same machine and day.
+
+CPU seconds (user and system) are what counts, for machines are shared; memory is the peak resident
+set of the whole process (VmHWM). A subject's process loads what it needs, runs once to warm up and
+then once more, timed; subjects take turns, so that a disturbance hits all of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from imgtool import checkpoint, engines, files
+from imgtool.engine import Engine, Subject, Timing, Watch
+from imgtool.errors import DONE, FAILED, ImgtoolError
+from imgtool.settings import Bench, make
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from imgtool.console import Console
+
+
+def plan(engine: Engine, settings: Bench) -> Mapping[str, object]:
+    """Return what ``--dry-run`` tells."""
+    weights = checkpoint.find(settings.weights or engine.weights)
+    return {"weights": str(weights), "threads": settings.threads, "runs": settings.runs}
+
+
+def run(engine: Engine, settings: Bench, console: Console) -> int:
+    """Measure, print tables and one JSON object; 1 where a stated limit is missed."""
+    report = engine.bench(settings, Lab(engine, settings, console))
+    record = {
+        "engine": engine.name,
+        "what": report.what,
+        "environment": environment(settings),
+        "figures": dict(report.figures),
+        "budgets": [asdict(budget) | {"pass": budget.passed} for budget in report.budgets],
+    }
+    if settings.report:
+        settings.report.mkdir(parents=True, exist_ok=True)
+        files.write(settings.report / "bench.json", json.dumps(record, indent=2, default=str).encode())
+        console.say(f"report: {settings.report}")
+    for table in report.tables:
+        console.table(table.title, table.columns, table.rows)
+    limits = [
+        (b.name, f"{b.sense} {b.limit:g} {b.unit}", f"{b.value:.4g}", "pass" if b.passed else "MISSED")
+        for b in report.budgets
+    ]
+    console.table("Limits", ("what", "limit", "measured", ""), limits)
+    console.result(record)
+    return DONE if all(budget.passed for budget in report.budgets) else FAILED
+
+
+def environment(settings: Bench) -> dict[str, object]:
+    """Return what the figures depend on besides the code."""
+    import torch
+
+    return {
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "threads": settings.threads,
+        "device": settings.device,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "omp_wait_policy": "PASSIVE",
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+    }
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+class Lab:
+    """What an engine's bench is given: weights, timing in fresh processes, words for the user."""
+
+    def __init__(self, engine: Engine, settings: Bench, console: Console) -> None:
+        """Read the weights, so that a wrong name fails before anything is timed."""
+        self.engine, self.settings, self.console = engine, settings, console
+        self.path = checkpoint.find(settings.weights or engine.weights)
+        self.weights = checkpoint.read_weights(self.path, engine.name)
+        self.watch = Watch(say=console.say)
+
+    def network(self) -> nn.Module:
+        """Return the network under test, in evaluation mode, on the CPU."""
+        return checkpoint.network(self.engine, self.weights)
+
+    def measure(self, subjects: Sequence[Subject]) -> dict[str, Timing]:
+        """Time subjects in turn, each round in a fresh process, and keep the best of all rounds."""
+        found: dict[str, list[Timing]] = {}
+        with self.console.progress(len(subjects) * self.settings.runs, "bench") as bar:
+            for _ in range(self.settings.runs):
+                for subject in subjects:
+                    bar.update(subject.name)
+                    found.setdefault(subject.name, []).append(self._once(subject))
+                    bar.advance(1)
+        return {name: _best(timings) for name, timings in found.items()}
+
+    def _once(self, subject: Subject) -> Timing:
+        threads = self.settings.threads or os.cpu_count() or 1
+        order = {"engine": self.engine.name, "weights": str(self.path), "device": self.settings.device}
+        message = json.dumps(order | {"threads": threads} | asdict(subject))
+        child = subprocess.run(
+            [sys.executable, "-m", "imgtool.bench"],
+            input=message,
+            capture_output=True,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"},
+            check=False,
+        )
+        if child.returncode:
+            last = (child.stderr.strip().splitlines() or [f"killed by signal {-child.returncode}"])[-1]
+            hint = "a process that needs more memory than there is gets killed: try a smaller picture"
+            raise ImgtoolError(f"measuring {subject.name} failed: {last}", hint)
+        return Timing(**json.loads(child.stdout.splitlines()[-1]))
+
+
+def _best(timings: Sequence[Timing]) -> Timing:
+    return Timing(
+        min(t.cpu for t in timings),
+        min(t.wall for t in timings),
+        max(t.peak_mb for t in timings),
+        min(t.base_mb for t in timings),
+    )
+
+
+def peak_mb() -> float:
+    """Return the peak resident memory of this process in MB (10^6 bytes).
+
+    VmHWM where there is /proc: ``ru_maxrss`` counts what the parent had before exec.
+    """
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        import resource
+
+        unit = 1e6 if sys.platform == "darwin" else 1e3
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024 / 1e6
+
+
+def child(order: Mapping[str, Any]) -> dict[str, float]:
+    """Measure one subject in this process, as ``Lab`` ordered."""
+    import numpy as np
+    import torch
+
+    torch.set_num_threads(order["threads"])
+    engine = engines.load(order["engine"])
+    image = np.random.default_rng(0).integers(0, 256, (order["height"], order["width"], 3), np.uint8)
+    base = peak_mb()
+    work = _work(engine, image, order)
+    if order["warm"]:
+        work()
+    cpu, wall = time.process_time(), time.monotonic()
+    work()
+    spent = {"cpu": time.process_time() - cpu, "wall": time.monotonic() - wall}
+    return spent | {"peak_mb": peak_mb(), "base_mb": base}
+
+
+def _work(engine: Engine, image: Any, order: Mapping[str, Any]) -> Callable[[], object]:
+    """Return what is timed: the classical method, or ``apply`` as ``infer`` calls it."""
+    from imgtool import compute
+
+    if order["baseline"]:
+        return lambda: engine.baseline(image)
+    if order["model"]:
+        net = engine.build(make(engine.model, order["model"], "bench")).eval()
+    else:
+        net = checkpoint.network(engine, checkpoint.read_weights(Path(order["weights"]), engine.name))
+    net = compute.channels_last(net.to(compute.device(order["device"])))
+    infer = make(engines.settings(engine.name).Infer, {"inputs": ("-",), **order["settings"]}, "bench")
+    return lambda: engine.apply(net, image, infer, Watch())
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(child(json.loads(sys.stdin.read()))) + "\n")

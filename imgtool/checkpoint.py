@@ -1,0 +1,172 @@
+"""Weights that describe themselves, and the state of a run that can be taken up again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialise
+from torch import Tensor, nn
+
+import imgtool
+from imgtool.engine import Engine
+from imgtool.errors import USAGE, ImgtoolError
+from imgtool.files import atomic, write
+from imgtool.settings import Settings, did_you_mean, make
+
+SHIPPED = Path(__file__).with_name("weights")
+FORMAT = "imgtool-weights/1"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A weights file, read.
+
+    Attributes:
+        name: Stem of the file, for messages and results.
+        engine: Engine that it belongs to.
+        model: Settings that shape the network.
+        header: Everything the file says of itself: scores, training, licence, version.
+        state: Parameters by name, float32.
+    """
+
+    name: str
+    engine: str
+    model: Mapping[str, Any]
+    header: Mapping[str, Any]
+    state: Mapping[str, Tensor]
+
+
+def save_weights(
+    path: Path,
+    engine: Engine,
+    settings: Settings,
+    state: Mapping[str, Tensor],
+    about: Mapping[str, Any],
+    *,
+    half: bool = False,
+) -> None:
+    """Write a safetensors file with a header that is enough to rebuild the network.
+
+    Args:
+        path: Where to; written whole or not at all.
+        engine: The engine.
+        settings: Settings of the run; those of panel "Model" rebuild the network.
+        state: ``state_dict`` of the network.
+        about: What else the header says: scores, step, training data, licence.
+        half: Store float16 instead of float32.
+    """
+    dtype = torch.float16 if half else torch.float32
+    tensors = {name: value.detach().cpu().to(dtype).contiguous() for name, value in state.items()}
+    header = {
+        "format": FORMAT,
+        "engine": engine.name,
+        "model": {name: getattr(settings, name) for name in engine.model.model_fields},
+        "imgtool": imgtool.__version__,
+        **about,
+    }
+    write(path, serialise(tensors, metadata={"imgtool": json.dumps(header)}))
+
+
+def shipped() -> list[str]:
+    """Return the names of the weights that ship with the package."""
+    return sorted(path.stem for path in SHIPPED.glob("*.safetensors"))
+
+
+def find(name: str) -> Path:
+    """Return the path of a weights file: a file as it is named, or the name of shipped weights.
+
+    Raises:
+        ImgtoolError: Code 2, where there is neither.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    if (SHIPPED / f"{name}.safetensors").is_file():
+        return SHIPPED / f"{name}.safetensors"
+    hint = did_you_mean(name, shipped()) if shipped() else "give the path of a .safetensors file"
+    raise ImgtoolError(f"no weights file or shipped weights named {name}", hint, USAGE)
+
+
+def read_weights(path: Path, engine: str) -> Weights:
+    """Read a weights file without running code from it.
+
+    Raises:
+        ImgtoolError: Code 1, when it is damaged or not ours; code 2, when it is another engine's.
+    """
+    try:
+        with safe_open(path, "pt") as opened:
+            header = json.loads((opened.metadata() or {}).get("imgtool", "{}"))
+            state = {name: opened.get_tensor(name).float() for name in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as fault:
+        raise ImgtoolError(
+            f"{path} is not a readable weights file: {fault}",
+            "give a .safetensors file made by imgtool train",
+        ) from None
+    except OSError as fault:
+        raise ImgtoolError(
+            f"cannot read {path}: {fault.strerror}", "check the path and its permissions"
+        ) from None
+    if header.get("format") != FORMAT:
+        raise ImgtoolError(
+            f"{path} was not written by imgtool", "give a .safetensors file made by imgtool train"
+        )
+    if header["engine"] != engine:
+        raise ImgtoolError(
+            f"{path} holds weights of the {header['engine']} engine, not of {engine}",
+            f"use it with: imgtool infer {header['engine']} --weights {path}",
+            USAGE,
+        )
+    return Weights(path.stem, header["engine"], header["model"], header, state)
+
+
+def network(engine: Engine, weights: Weights) -> nn.Module:
+    """Build the network that weights belong to and fill it; it comes in evaluation mode.
+
+    Raises:
+        ImgtoolError: Code 1, when its settings are unknown here or the parameters do not fit.
+    """
+    settings = make(engine.model, weights.model, f"weights {weights.name}")
+    net = engine.build(settings)
+    load_state(net, weights)
+    return net.eval()
+
+
+def load_state(net: nn.Module, weights: Weights) -> None:
+    """Fill a network; names and shapes must fit exactly."""
+    try:
+        net.load_state_dict(dict(weights.state))
+    except RuntimeError as fault:
+        first = str(fault).splitlines()[1].strip() if "\n" in str(fault) else str(fault)
+        raise ImgtoolError(
+            f"weights {weights.name} do not fit the network: {first}",
+            "train again, or use the imgtool version that wrote them",
+        ) from None
+
+
+def save_state(path: Path, state: Mapping[str, Any]) -> None:
+    """Write the state of a run, whole or not at all."""
+    with atomic(path) as temporary:
+        torch.save(dict(state), temporary)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Read the state of a run without running code from it.
+
+    Raises:
+        ImgtoolError: Code 2, when there is none; code 1, when it is damaged.
+    """
+    if not path.is_file():
+        raise ImgtoolError(
+            f"no run to resume in {path.parent}", f"{path.name} is missing: name the folder of a run", USAGE
+        )
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as fault:  # noqa: BLE001 - torch raises whatever the unpickler met
+        raise ImgtoolError(f"{path} is damaged: {fault}".splitlines()[0], "start the run again") from None
+    return state

@@ -1,0 +1,203 @@
+"""The record that an engine fills in: functions and facts, no loop of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+    from torch import Tensor, nn
+
+    from imgtool.settings import Settings
+
+    Pixels = npt.NDArray[Any]
+
+Terms = Mapping[str, "Tensor"]
+
+
+class Examples(Protocol):
+    """A data set: ``len`` is one epoch, and item i is the same for every i >= 0, always.
+
+    Training asks for items beyond ``len`` (number = step x batch + position), so the data order
+    is a function of the step and a resumed run needs no state of the data set.
+    """
+
+    def __len__(self) -> int:
+        """Return the number of samples in an epoch."""
+        ...
+
+    def __getitem__(self, number: int) -> tuple[Any, ...]:
+        """Return sample ``number``: a (named) tuple of tensors."""
+        ...
+
+
+@dataclass(frozen=True)
+class TileFacts:
+    """What cutting an image into tiles may assume of a network.
+
+    Attributes:
+        multiple: Sizes and tile origins must be multiples of this many pixels.
+        local: True where an output pixel depends only on input pixels near it; a network with
+            statistics of the whole image is not local and is never cut.
+        halo: Context in pixels that a tile carries on each side and throws away.
+        border: Mirrored pixels added around the whole photo before anything else.
+        bytes_per_pixel: Resident memory that a forward pass takes per pixel, in bytes (float32,
+            CPU, measured).
+        reason: Why a network that is not local is not cut.
+    """
+
+    multiple: int = 1
+    local: bool = True
+    halo: int = 0
+    border: int = 0
+    bytes_per_pixel: int = 1000
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What ``Engine.apply`` gives back.
+
+    Attributes:
+        image: ``(H, W, 3)`` RGB in the input's own data type.
+        facts: The engine's part of the JSON contract.
+    """
+
+    image: Pixels
+    facts: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Who is told how the work on one photo goes on.
+
+    Attributes:
+        done: Told how many tiles of how many are finished.
+        say: Told in words what a user should know, such as that tiles were made smaller.
+    """
+
+    done: Callable[[int, int], None] = lambda finished, total: None
+    say: Callable[[str], None] = lambda text: None
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Something that ``bench`` times on a picture of random pixels, in a process of its own.
+
+    Attributes:
+        name: What the table calls it.
+        height: Rows of the picture.
+        width: Columns of the picture.
+        model: "Model" settings of an untrained network; {} takes the weights under test.
+        settings: Settings of ``infer``.
+        baseline: Time the engine's classical method instead of a network.
+        warm: Run once before the timed run.
+    """
+
+    name: str
+    height: int
+    width: int
+    model: Mapping[str, object] = field(default_factory=dict)
+    settings: Mapping[str, object] = field(default_factory=dict)
+    baseline: bool = False
+    warm: bool = True
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What was measured of a subject.
+
+    Attributes:
+        cpu: CPU seconds, user and system, of one run.
+        wall: Seconds by the clock.
+        peak_mb: Peak resident memory of the whole process, in 10^6 bytes.
+        base_mb: The same before the network was built.
+    """
+
+    cpu: float
+    wall: float
+    peak_mb: float
+    base_mb: float
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A stated limit and what was measured."""
+
+    name: str
+    limit: float
+    value: float
+    unit: str
+    sense: Literal["<=", ">="] = "<="
+
+    @property
+    def passed(self) -> bool:
+        """Whether the limit is met."""
+        return self.value <= self.limit if self.sense == "<=" else self.value >= self.limit
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table for people."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: list[tuple[object, ...]]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What an engine's bench gives back: one sentence, figures by name, limits, tables."""
+
+    what: str
+    figures: Mapping[str, object]
+    budgets: list[Budget]
+    tables: list[Table]
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One engine: what the five verbs need to know of it.
+
+    Attributes:
+        name: The word on the command line.
+        model: The settings that shape the network; a checkpoint keeps them.
+        build: Network for the settings, randomly initialised.
+        data: ``(train, held_out)`` data sets for the settings.
+        loss: ``(net, batch) -> {term: scalar}``; the sum is minimised, each term is logged.
+        score: ``(net, batch) -> {metric: (B,) values}`` on held-out data.
+        apply: ``(net, image, settings, watch) -> Result``; the image is ``(H, W, 3)`` RGB, uint8, uint16
+            (full range) or float32 (nominally 0..1).
+        samples: ``(net, batch) -> {label: (B, 3, H, W) in 0..1}``, for the sample sheets.
+        tiles: What may be assumed of a network when an image is cut into tiles.
+        bench: ``(settings, lab) -> Report``; the lab has ``network()``, ``measure(subjects)``,
+            ``watch``.
+        actions: The engine's ``data`` actions by name: ``(settings, watch) -> record``; a record
+            with entries under "faults" means exit code 1.
+        reads: What ``apply`` takes.
+        best: The metric that chooses the best checkpoint.
+        higher_is_better: Its direction.
+        scale: Output size over input size.
+        weights: Name of the shipped weights used by default.
+        baseline: The classical method that ``bench`` compares with.
+    """
+
+    name: str
+    model: type[Settings]
+    build: Callable[[Any], nn.Module]
+    data: Callable[[Any], tuple[Examples, Examples]]
+    loss: Callable[[nn.Module, Any, Any], Terms]
+    score: Callable[[nn.Module, Any], Terms]
+    apply: Callable[[nn.Module, Pixels, Any, Watch], Result]
+    samples: Callable[[nn.Module, Any], Mapping[str, Tensor]]
+    tiles: Callable[[nn.Module], TileFacts]
+    bench: Callable[[Any, Any], Report]
+    actions: Mapping[str, Callable[[Any, Watch], Mapping[str, object]]]
+    reads: Literal["rgb", "bayer"]
+    best: str
+    higher_is_better: bool
+    scale: int
+    weights: str
+    baseline: Callable[[Pixels], Pixels]

@@ -1,0 +1,1 @@
+"""Deblur: a U-Net that sharpens motion-blurred photos."""

@@ -1,0 +1,123 @@
+"""The deblur engine's record."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from imgtool import losses, metrics, tiles
+from imgtool.engine import Engine, Result, Terms, TileFacts, Watch
+from imgtool.engines.deblur import actions, bench, data, model
+from imgtool.engines.deblur.settings import Model
+
+if TYPE_CHECKING:
+    from imgtool.engine import Pixels
+    from imgtool.engines.deblur.settings import Infer, Train
+
+NETWORKS: dict[str, type[nn.Module]] = {"unet-lite": model.UNetLite, "unet-seed": model.UNetSeed}
+WHOLE = "unet-seed normalises over the whole image (GroupNorm), so every tile would get tones of its own"
+
+
+def build(settings: Model) -> nn.Module:
+    """Build the network that ``settings.arch`` names."""
+    return NETWORKS[settings.arch]()
+
+
+def tile_facts(net: nn.Module) -> TileFacts:
+    """Return what cutting may assume; bytes per pixel were measured on a CPU in float32."""
+    if isinstance(net, model.UNetSeed):
+        return TileFacts(net.multiple, local=False, bytes_per_pixel=1000, reason=WHOLE)
+    return TileFacts(model.UNetLite.multiple, halo=model.HALO, border=16, bytes_per_pixel=420)
+
+
+def loss(net: nn.Module, batch: data.Pair, settings: Train) -> Terms:
+    """Return the terms of the loss on a batch of uint8 pairs.
+
+    ``charbonnier-fft``: Charbonnier + the spectrum's L1, each image weighted by how little it is
+    blurred. ``msssim-charbonnier``, the original's: 0.84 (1 - MS-SSIM) + 0.16 Charbonnier.
+    """
+    blurred, sharp = _unit(batch.blurred), _unit(batch.sharp)
+    output = net(blurred)
+    with torch.autocast(output.device.type, enabled=False):
+        output = output.float()
+        if settings.loss == "msssim-charbonnier":
+            charbonnier = 0.16 * losses.charbonnier(output, sharp)
+            return {"ms-ssim": 0.84 * losses.ms_ssim_loss(output, sharp), "charbonnier": charbonnier}
+        weight = losses.relative_weight(blurred, sharp)
+        return {
+            "charbonnier": losses.charbonnier(output, sharp, weight),
+            "fft": losses.frequency(output, sharp, weight),
+        }
+
+
+def score(net: nn.Module, batch: data.Pair) -> Terms:
+    """Return per image: PSNR, its gain over the blurred input, SSIM, and PSNR on sharp input (dB)."""
+    blurred, sharp = _unit(batch.blurred), _unit(batch.sharp)
+    output = metrics.to_8_bit(net(blurred))
+    psnr = metrics.psnr(output, sharp)
+    return {
+        "psnr": psnr,
+        "gain": psnr - metrics.psnr(blurred, sharp),
+        "ssim": metrics.ssim(output, sharp),
+        "sharp": metrics.psnr(metrics.to_8_bit(net(sharp)), sharp),
+    }
+
+
+def samples(net: nn.Module, batch: data.Pair) -> dict[str, Tensor]:
+    """Return the columns of the sample sheet."""
+    blurred = _unit(batch.blurred)[:6]
+    return {"blurred": blurred, "output": net(blurred), "sharp": _unit(batch.sharp)[:6]}
+
+
+def _unit(image: Tensor) -> Tensor:
+    return image.to(memory_format=torch.channels_last).float() / 255
+
+
+def apply(net: nn.Module, image: Pixels, settings: Infer, watch: Watch) -> Result:
+    """Sharpen ``(H, W, 3)`` RGB of any size, in tiles where it does not fit into ``memory``.
+
+    Raises:
+        ImgtoolError: For tiles of a network that may not be cut, or when memory runs out.
+    """
+    facts = tile_facts(net)
+    core = tiles.choose(
+        image.shape[0], image.shape[1], settings.tile, settings.overlap, settings.memory * 1e9, facts
+    )
+    plan = tiles.Plan(core, settings.overlap, settings.strength)
+    out, count, edge = tiles.run(net, image, plan, facts, watch)
+    halo = settings.overlap if count > 1 else 0
+    return Result(out, {"tiles": count, "tile": edge, "halo": halo, "strength": settings.strength})
+
+
+def unsharp(image: Pixels, sigma: float = 1.5, amount: float = 0.6) -> Pixels:
+    """Sharpen classically: add ``amount`` times the difference to a gaussian blur of ``sigma``."""
+    values = image.astype(np.float32)
+    values += amount * (values - cv2.GaussianBlur(values, (0, 0), sigma))
+    if image.dtype == np.float32:
+        return values
+    return np.rint(np.clip(values, 0, np.iinfo(image.dtype).max)).astype(image.dtype)
+
+
+ENGINE: Engine = Engine(
+    name="deblur",
+    model=Model,
+    build=build,
+    data=data.load,
+    loss=loss,
+    score=score,
+    apply=apply,
+    samples=samples,
+    tiles=tile_facts,
+    bench=lambda settings, lab: bench.run(settings, lab, ENGINE),
+    actions=actions.ACTIONS,
+    reads="rgb",
+    best="psnr",
+    higher_is_better=True,
+    scale=1,
+    weights="deblur-unet-lite",
+    baseline=unsharp,
+)

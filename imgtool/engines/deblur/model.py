@@ -1,0 +1,152 @@
+"""Networks of the deblur engine: ``(B, 3, H, W)`` blurred sRGB in 0..1 to sharp, any size.
+
+``unet-lite`` has no statistic over space: an output pixel depends on input pixels at most
+``HALO`` away, so tiles that carry that much context equal the whole image. ``unet-seed`` is the
+original, with GroupNorm over the whole image.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+HALO = 64
+"""Reach of ``unet-lite`` in pixels; a test takes it from the gradient."""
+
+
+def reflect(x: Tensor, left: int, right: int, top: int, bottom: int) -> Tensor:
+    """Mirror an image ``(…, H, W)`` beyond its edges, however small it is.
+
+    Like ``numpy.pad(mode="reflect")``, which goes on mirroring where torch's own padding refuses
+    because the padding is wider than the image.
+    """
+    height, width = x.shape[-2:]
+    if left or right:
+        x = x.index_select(-1, mirrored(-left, width + right, width, x.device))
+    if top or bottom:
+        x = x.index_select(-2, mirrored(-top, height + bottom, height, x.device))
+    return x
+
+
+def mirrored(start: int, stop: int, size: int, device: torch.device | None = None) -> Tensor:
+    """Return the indices of positions ``start..stop`` in an endlessly mirrored row of ``size``."""
+    if size == 1:
+        return torch.zeros(stop - start, dtype=torch.long, device=device)
+    period = 2 * (size - 1)
+    position = torch.arange(start, stop, device=device) % period
+    return torch.minimum(position, period - position)
+
+
+def pad_to(x: Tensor, multiple: int) -> Tensor:
+    """Mirror the right and bottom edges until both sides are multiples of ``multiple``."""
+    return reflect(x, 0, -x.shape[-1] % multiple, 0, -x.shape[-2] % multiple)
+
+
+class Block(nn.Module):
+    """Residual 3x3 convolution, ReLU, 1x1 convolution: reaches one cell, not two."""
+
+    def __init__(self, channels: int, expand: int = 2) -> None:
+        """Start as the identity, so that depth costs nothing at the beginning."""
+        super().__init__()
+        self.spatial = nn.Conv2d(channels, channels * expand, 3, padding=1)
+        self.mix = nn.Conv2d(channels * expand, channels, 1)
+        nn.init.zeros_(self.mix.weight)
+        nn.init.zeros_(self.mix.bias)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(B, C, H, W)`` to the same shape."""
+        out: Tensor = x + self.mix(F.relu(self.spatial(x)))
+        return out
+
+
+class UNetLite(nn.Module):
+    """Strictly local U-Net on 2x2 pixel-unshuffled input, three scales, residual to the input."""
+
+    multiple = 8
+
+    def __init__(
+        self, widths: tuple[int, int, int] = (24, 48, 128), blocks: tuple[int, int, int] = (1, 2, 4)
+    ) -> None:
+        """Build the network.
+
+        Args:
+            widths: Channels at 1/2, 1/4 and 1/8 of the resolution.
+            blocks: Residual blocks at each scale, in the encoder and again in the decoder (the
+                lowest scale has them once).
+        """
+        super().__init__()
+        fine, middle, coarse = widths
+        self.stem = nn.Conv2d(12, fine, 3, padding=1)
+        self.encoders = nn.ModuleList(_stack(w, n) for w, n in zip(widths, blocks, strict=True))
+        self.downs = nn.ModuleList([nn.Conv2d(fine, middle, 2, 2), nn.Conv2d(middle, coarse, 2, 2)])
+        self.ups = nn.ModuleList([_up(middle, fine), _up(coarse, middle)])
+        self.decoders = nn.ModuleList(_stack(w, n) for w, n in zip(widths[:2], blocks[:2], strict=True))
+        self.head = nn.Conv2d(fine, 12, 3, padding=1)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)  # type: ignore[arg-type]
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Sharpen ``(B, 3, H, W)`` sRGB in 0..1; the result has the same shape and is not clipped."""
+        height, width = image.shape[-2:]
+        padded = pad_to(image, self.multiple)
+        fine = self.encoders[0](self.stem(F.pixel_unshuffle(padded, 2)))
+        middle = self.encoders[1](self.downs[0](fine))
+        coarse = self.encoders[2](self.downs[1](middle))
+        middle = self.decoders[1](middle + self.ups[1](coarse))
+        fine = self.decoders[0](fine + self.ups[0](middle))
+        residual = F.pixel_shuffle(self.head(fine), 2)
+        return image + residual[..., :height, :width].to(image.dtype)
+
+
+def _stack(channels: int, blocks: int) -> nn.Sequential:
+    return nn.Sequential(*(Block(channels) for _ in range(blocks)))
+
+
+def _up(coarse: int, fine: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(coarse, 4 * fine, 1), nn.PixelShuffle(2))
+
+
+class UNetSeed(nn.Module):
+    """The original network: 8,636,451 parameters, GroupNorm over the whole image, no residual."""
+
+    multiple = 16
+
+    def __init__(self) -> None:
+        """Build four levels of 32 to 256 channels and a bottleneck of 512."""
+        super().__init__()
+        widths = (3, 32, 64, 128, 256)
+        self.encoders = nn.ModuleList(_double(a, b) for a, b in pairwise(widths))
+        self.bottleneck = _double(256, 512)
+        self.ups = nn.ModuleList(nn.Conv2d(2 * w, w, 3, padding=1) for w in widths[1:])
+        self.decoders = nn.ModuleList(_double(2 * w, w) for w in widths[1:])
+        self.final = nn.Conv2d(32, 3, 1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Sharpen ``(B, 3, H, W)`` sRGB in 0..1; inside, the original's range -1..1."""
+        height, width = image.shape[-2:]
+        x = pad_to(image * 2 - 1, self.multiple)
+        skips = []
+        for encoder in self.encoders:
+            x = encoder(x)
+            skips.append(x)
+            x = F.max_pool2d(x, 2)
+        x = self.bottleneck(x)
+        for skip, up, decoder in zip(skips[::-1], reversed(self.ups), reversed(self.decoders), strict=True):
+            x = up(F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False))
+            x = decoder(torch.cat([x, skip], 1))
+        out: Tensor = self.final(x)[..., :height, :width]
+        return (out + 1) / 2
+
+
+def _double(inputs: int, outputs: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for channels in (inputs, outputs):
+        layers += [
+            nn.Conv2d(channels, outputs, 3, padding=1),
+            nn.GroupNorm(8, outputs),
+            nn.ReLU(inplace=True),
+        ]
+    return nn.Sequential(*layers)

@@ -1,0 +1,337 @@
+"""Files: lists of inputs, names of outputs, writing whole or not at all, the cache folder."""
+
+from __future__ import annotations
+
+import errno
+import glob
+import os
+import secrets
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from imgtool.errors import FAILED, USAGE, ImgtoolError
+
+FORMATS = {
+    ".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".tif": "tif", ".tiff": "tif", ".webp": "webp",
+}  # fmt: skip
+"""Suffix of a photo that can be written to the name of its format."""
+
+_CURES = {
+    errno.ENOSPC: "free some space or choose another folder with -o",
+    errno.EDQUOT: "free some space or choose another folder with -o",
+    errno.EFBIG: "the file system or a limit of the shell allows no file so large",
+    errno.EACCES: "check the permissions, or choose another folder with -o",
+    errno.EPERM: "check the permissions, or choose another folder with -o",
+    errno.EROFS: "the file system is read-only; choose another folder with -o",
+    errno.ENOTDIR: "a part of the path is a file, not a folder; choose another with -o",
+    errno.EEXIST: "a part of the path is a file, not a folder; choose another with -o",
+    errno.EISDIR: "it is a folder; give the path of a file, or end the folder's name with a /",
+    errno.ENOTEMPTY: "it is a folder; give the path of a file, or end the folder's name with a /",
+    errno.ENAMETOOLONG: "choose a shorter name with -o",
+}
+
+
+@dataclass(frozen=True)
+class Item:
+    """One input.
+
+    Attributes:
+        source: The file, or None for standard input.
+        relative: Its path below the folder or glob that it was found by; else its bare name.
+        folder: True where it was found in a folder, whose sub-folders an output folder keeps.
+    """
+
+    source: Path | None
+    relative: Path
+    folder: bool = False
+
+    @property
+    def name(self) -> str:
+        """Return the name for messages: the path, "-" for standard input."""
+        return "-" if self.source is None else str(self.source)
+
+
+def _reason(fault: OSError) -> str:
+    return (fault.strerror or str(fault)).lower()
+
+
+def _unwritable(target: Path, fault: OSError) -> ImgtoolError:
+    hint = _CURES.get(fault.errno or 0, "choose another place with -o")
+    return ImgtoolError(f"cannot write {target}: {_reason(fault)}", hint)
+
+
+def unreadable(source: Path, fault: OSError) -> ImgtoolError:
+    """Return the error of a file that cannot be read; code 2 where there is no such file."""
+    if isinstance(fault, FileNotFoundError):
+        return ImgtoolError(f"no such file: {source}", "check the path", USAGE)
+    hints = {
+        errno.EISDIR: "give a file here",
+        errno.EACCES: "check the permissions of the file and its folders",
+        errno.ENOTDIR: "a part of the path is a file, not a folder",
+    }
+    hint = hints.get(fault.errno or 0, "check the path and the disk")
+    return ImgtoolError(f"cannot read {source}: {_reason(fault)}", hint)
+
+
+def read(source: Path) -> bytes:
+    """Return a file's bytes.
+
+    Raises:
+        ImgtoolError: Code 2 where there is no such file, code 1 where it cannot be read.
+    """
+    try:
+        return source.read_bytes()
+    except OSError as fault:
+        raise unreadable(source, fault) from None
+
+
+def _blank(target: Path) -> Path:
+    """Make an empty hidden file beside the target, its permissions those of any new file."""
+    # A short name of its own, for the target's may already be as long as the file system allows.
+    temporary = target.with_name(f".imgtool-{secrets.token_hex(8)}{target.suffix[:8]}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Unlike tempfile's 0600, this mode leaves the permissions to the umask.
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    return temporary
+
+
+def _refuse_special(target: Path) -> None:
+    if target.is_dir():
+        raise _unwritable(target, IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR)))
+    if target.exists() and not target.is_file():
+        # Renaming onto a device such as /dev/null would replace the device.
+        raise ImgtoolError(f"cannot write {target}: not a regular file", "-o - writes to standard output")
+
+
+@contextmanager
+def atomic(target: Path) -> Iterator[Path]:
+    """Give a temporary file beside the target that becomes the target when the block succeeds.
+
+    Missing folders are made. When the block fails, even by Ctrl-C, nothing is left behind and an
+    existing target stays as it was.
+
+    Args:
+        target: The file to write; its link is followed.
+
+    Yields:
+        The temporary file, empty, with the target's suffix.
+
+    Raises:
+        ImgtoolError: The disk is full, the place may not be written, the name is too long, ...
+    """
+    try:
+        _refuse_special(target)
+        final = target.resolve() if target.is_symlink() else target
+        temporary = _blank(final)
+    except OSError as fault:
+        raise _unwritable(target, fault) from None
+    try:
+        yield temporary
+        os.replace(temporary, final)
+    except OSError as fault:
+        # Faults of other files, or without a number, are not about this file.
+        ours = fault.filename in (None, str(temporary), temporary, str(final), final)
+        if not ours or fault.errno is None:
+            raise
+        raise _unwritable(target, fault) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write(target: Path, data: bytes) -> None:
+    """Write a file whole or not at all; see ``atomic`` for the errors."""
+    with atomic(target) as temporary, temporary.open("wb") as file:
+        file.write(data)
+
+
+def check_new(path: Path, force: bool) -> None:
+    """Raise ``ImgtoolError`` (code 1) where the output exists and may not be overwritten."""
+    if not force and os.path.lexists(path):
+        raise ImgtoolError(f"{path} exists", "--force overwrites it, --skip-existing leaves it out", FAILED)
+
+
+def cache_folder() -> Path:
+    """Return the folder for what can be made again: $IMGTOOL_CACHE, or imgtool in the user's cache."""
+    own = os.environ.get("IMGTOOL_CACHE")
+    if own:
+        return Path(own).expanduser()
+    shared = os.environ.get("XDG_CACHE_HOME")
+    return (Path(shared).expanduser() if shared else Path.home() / ".cache") / "imgtool"
+
+
+def _hidden(relative: Path) -> bool:
+    return any(part.startswith(".") for part in relative.parts)
+
+
+def _refuse(fault: OSError) -> None:
+    raise unreadable(Path(str(fault.filename)), fault)
+
+
+def _below(folder: Path, suffixes: Collection[str]) -> list[Item]:
+    found = []
+    for parent, _, names in os.walk(folder, onerror=_refuse):
+        for name in names:
+            path = Path(parent, name)
+            relative = path.relative_to(folder)
+            if path.suffix.lower() in suffixes and not _hidden(relative) and path.is_file():
+                found.append(Item(path, relative, folder=True))
+    if not found:
+        raise ImgtoolError(f"no photo in the folder {folder}", _known(suffixes), USAGE)
+    return sorted(found, key=lambda item: item.relative.parts)
+
+
+def _known(suffixes: Collection[str]) -> str:
+    return "photos end in " + " ".join(sorted(suffixes))
+
+
+def _matching(pattern: str, suffixes: Collection[str]) -> list[Item]:
+    fixed = Path(*_before_magic(Path(pattern)))
+    paths = sorted(Path(path) for path in glob.glob(pattern, recursive=True))
+    photos = [path for path in paths if path.suffix.lower() in suffixes and path.is_file()]
+    if not photos:
+        hint = _known(suffixes) if paths else "check the pattern"
+        raise ImgtoolError(f"no photo matches {pattern}", hint, USAGE)
+    return [Item(path, path.relative_to(fixed), folder=True) for path in photos]
+
+
+def _before_magic(pattern: Path) -> list[str]:
+    """Return the leading parts of a pattern that hold no glob character."""
+    parts: list[str] = []
+    for part in pattern.parts[:-1]:
+        if glob.has_magic(part):
+            break
+        parts.append(part)
+    return parts
+
+
+def _one(text: str, suffixes: Collection[str]) -> list[Item]:
+    if text == "-":
+        return [Item(None, Path("stdin"))]
+    path = Path(text)
+    if not text:  # which as a path would be the current folder
+        raise ImgtoolError("no such file: an empty name", "check the path", USAGE)
+    try:
+        if path.is_dir():
+            return _below(path, suffixes)
+        if path.exists():
+            return [Item(path, Path(path.name))]
+    except OSError as fault:
+        raise unreadable(path, fault) from None
+    if glob.has_magic(text):
+        return _matching(text, suffixes)
+    raise ImgtoolError(f"no such file: {text}", "check the path", USAGE)
+
+
+def _without_own(items: list[Item], engine: str) -> list[Item]:
+    """Leave out found files named ``<stem>-<engine>`` whose ``<stem>`` was found beside them."""
+    stems = {item.source.with_suffix("") for item in items if item.source}
+    ending = f"-{engine}"
+
+    def own(item: Item) -> bool:
+        if item.source is None or not item.folder or not item.source.stem.endswith(ending):
+            return False
+        return item.source.with_name(item.source.stem.removesuffix(ending)) in stems
+
+    return [item for item in items if not own(item)]
+
+
+def expand(inputs: Sequence[str], suffixes: Collection[str], engine: str = "") -> list[Item]:
+    """List the inputs that words on the command line stand for.
+
+    Args:
+        inputs: Files, folders (searched to the bottom, sorted, hidden files left out), globs (``**``
+            too; a file of just that name comes first) and "-" for standard input.
+        suffixes: Suffixes, in lower case with their dot, that count as photos in folders and globs;
+            a file named in full is taken whatever its suffix.
+        engine: Where given, outputs of an earlier run of this engine beside their inputs
+            (``photo-deblur.jpg`` beside ``photo.jpg``) are not taken for inputs.
+
+    Returns:
+        The inputs in the order given, each file once.
+
+    Raises:
+        ImgtoolError: Code 2: no such file, no photo in a folder, no match for a glob.
+    """
+    found = [item for text in inputs for item in _one(text, suffixes)]
+    if engine:
+        found = _without_own(found, engine)
+    unique = {item.source.resolve() if item.source else None: item for item in reversed(found)}
+    kept = set(map(id, unique.values()))
+    return [item for item in found if id(item) in kept]
+
+
+def _is_folder(items: Sequence[Item], out: str) -> bool:
+    """Decide whether -o names a folder: for many inputs it has to."""
+    path = Path(out)
+    if path.is_dir() or out.endswith(("/", os.sep)):
+        return True
+    if len(items) == 1 and not items[0].folder:
+        return False
+    if path.exists() or path.suffix.lower() in FORMATS:
+        raise ImgtoolError(
+            f"-o {out} is one file for {len(items)} photos found", "give a folder: -o DIR/", USAGE
+        )
+    return True
+
+
+def _place(item: Item, engine: str, out: str | None, folder: bool, extension: str) -> Path | None:
+    if out == "-" or (out is None and item.source is None):
+        return None
+    if out is None:
+        source = item.source or item.relative
+        return source.with_name(f"{source.stem}-{engine}.{extension}")
+    if folder:
+        return Path(out) / item.relative.with_name(f"{item.relative.stem}.{extension}")
+    return Path(out) if Path(out).suffix or Path(out).exists() else Path(f"{out}.{extension}")
+
+
+def _refuse_clashes(items: Sequence[Item], places: Sequence[Path | None]) -> None:
+    sources = {item.source.resolve(): item for item in items if item.source}
+    taken: dict[Path, Item] = {}
+    for item, place in zip(items, places, strict=True):
+        if place is None:
+            continue
+        real = place.resolve()
+        if real in sources:
+            what = f"the output of {item.name} would be {place}, which is the input {sources[real].name}"
+            raise ImgtoolError(what, "choose another place with -o", USAGE)
+        if real in taken:
+            what = f"{taken[real].name} and {item.name} would both be written to {place}"
+            raise ImgtoolError(what, "rename one, or run them apart into different folders", USAGE)
+        taken[real] = item
+
+
+def outputs(
+    items: Sequence[Item], engine: str, out: str | None, extension: Callable[[Item], str]
+) -> list[Path | None]:
+    """Name the output of each input.
+
+    Without ``out``: ``<stem>-<engine>.<extension>`` beside the input, standard output for standard
+    input. With it: a file for one input (an ending is added where it has none), or a folder that
+    keeps sub-folders and stems.
+
+    Args:
+        items: The inputs.
+        engine: The engine's name.
+        out: What -o said, or None.
+        extension: Item to file ending without its dot, such as "jpg".
+
+    Returns:
+        One path per input; None is standard output.
+
+    Raises:
+        ImgtoolError: Code 2: a file or standard output for many inputs, two inputs with the same
+            output, or an output that is an input.
+    """
+    if out == "":
+        raise ImgtoolError("-o is empty", "give a file, a folder or - for standard output", USAGE)
+    if out == "-" and len(items) > 1:
+        raise ImgtoolError(
+            f"standard output takes one photo, not {len(items)}", "give a folder: -o DIR/", USAGE
+        )
+    folder = out not in (None, "-") and _is_folder(items, str(out))
+    places = [_place(item, engine, out, folder, extension(item)) for item in items]
+    _refuse_clashes(items, places)
+    return places

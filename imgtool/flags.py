@@ -1,0 +1,162 @@
+"""The commands and their flags, read off the settings: what the command line and its reference show."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+from imgtool import engines
+from imgtool.settings import PANELS, VERBS, Settings, declared, presets
+
+GENERAL = "General"
+CONFIG_HELP = "Settings file; --no-SWITCH turns off a switch that it turns on. Its table is"
+METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH", bool: ""}
+LIMITS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below", "multiple_of": "a multiple of"}
+
+
+@dataclass(frozen=True)
+class Command:
+    """The words of one command and the settings that it takes.
+
+    Attributes:
+        verb: "train", "infer", ...
+        engine: "deblur", ...
+        action: The word between them, which only ``data`` has.
+        settings: Class of its settings.
+    """
+
+    verb: str
+    engine: str
+    action: str
+    settings: type[Settings]
+
+    @property
+    def words(self) -> str:
+        """The words as they are typed after ``imgtool``."""
+        return " ".join(word for word in (self.verb, self.action, self.engine) if word)
+
+    @property
+    def table(self) -> str:
+        """Name of the settings' TOML table within that of the verb."""
+        return f"{self.action}.{self.engine}" if self.action else self.engine
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One option or positional argument, as help and the reference show it.
+
+    Attributes:
+        name: Name of the setting.
+        kind: Type of one value: int, float, str, bool, Path or a Literal.
+        help: What it does, one sentence.
+        panel: Heading in help.
+        short: "-o", or "".
+        many: Whether it may be given more than once.
+        argument: Whether it is positional.
+        notes: Default, limits and whether it is required.
+    """
+
+    name: str
+    kind: Any
+    help: str
+    panel: str = GENERAL
+    short: str = ""
+    many: bool = False
+    argument: bool = False
+    notes: tuple[str, ...] = ()
+
+    @property
+    def words(self) -> list[str]:
+        """What is typed: "--long", and "-s" where there is a short form."""
+        return ["--" + self.name.replace("_", "-")] + [self.short] * bool(self.short)
+
+    @property
+    def metavar(self) -> str:
+        """The placeholder of its value, or its choices."""
+        if self.argument:
+            return self.name.upper()
+        if get_origin(self.kind) is Literal:
+            return "|".join(get_args(self.kind))
+        return METAVARS[self.kind]
+
+
+def commands() -> Iterator[Command]:
+    """Yield every command: each verb with each engine that has settings for it."""
+    for verb in VERBS:
+        for engine in engines.SUMMARY:
+            module = engines.settings(engine)
+            if verb == "data":
+                for action, cls in module.ACTIONS.items():
+                    yield Command(verb, engine, action, cls)
+            elif hasattr(module, verb.capitalize()):
+                yield Command(verb, engine, "", getattr(module, verb.capitalize()))
+
+
+def _kind(annotation: Any) -> tuple[Any, bool]:
+    """Return the type of one value and whether there may be many: ``X | None`` and tuples opened."""
+    if get_origin(annotation) in (Union, UnionType):
+        annotation = next(each for each in get_args(annotation) if each is not type(None))
+    many = get_origin(annotation) is tuple
+    if many:
+        annotation = get_args(annotation)[0]
+    if hasattr(annotation, "__metadata__"):  # Annotated
+        annotation = get_args(annotation)[0]
+    if get_origin(annotation) is Literal:
+        annotation = Literal[tuple(each for each in get_args(annotation) if each != "")]
+    return annotation, many
+
+
+def _limits(metadata: Sequence[Any]) -> Iterator[str]:
+    """Yield the limits of a number in words."""
+    found = {name: getattr(each, name) for each in metadata for name in LIMITS if hasattr(each, name)}
+    if "ge" in found and "le" in found:
+        yield f"{found.pop('ge'):g} to {found.pop('le'):g}"
+    yield from (f"{LIMITS[name]} {limit:g}" for name, limit in found.items())
+
+
+def _default(default: Any, told: str) -> Iterator[str]:
+    """Yield what happens without the flag, where that says anything."""
+    if told:
+        yield f"default: {told}"
+    elif default not in (None, "", (), False):
+        yield f"default: {'on' if default is True else default}"
+    elif default == 0 and default is not False:
+        yield f"default: {default}"
+
+
+def _sentence(description: str) -> tuple[str, str]:
+    """Part "Sentence [default: told]." into the sentence, with its full stop, and what is told."""
+    text, _, told = description.removesuffix(".").partition(" [default: ")
+    return text + ".", told.removesuffix("]")
+
+
+def flags(cls: type[Settings]) -> list[Flag]:
+    """Return the flags of a settings class: arguments first, then by panel."""
+    found = []
+    for name, info in cls.model_fields.items():
+        kind, many = _kind(info.annotation)
+        extra = declared(info)
+        text, told = _sentence(info.description or "")
+        notes = ["required"] if info.is_required() else [*_default(info.default, told)]
+        notes += [*_limits(info.metadata)] if kind in (int, float) else []
+        notes += ["repeatable"] if many and not extra["argument"] else []
+        found.append(Flag(name, kind, text, many=many, notes=tuple(notes), **extra))
+    order = {panel: number for number, panel in enumerate(PANELS)}
+    return sorted(found, key=lambda flag: (not flag.argument, order.get(flag.panel, len(order))))
+
+
+def general(command: Command) -> list[Flag]:
+    """Return the flags that every command has, and ``--preset`` where a preset speaks of it."""
+    named = [name for name, tables in presets().items() if command.engine in tables.get(command.verb, {})]
+    found = [
+        Flag("config", Path, f"{CONFIG_HELP} [{command.verb}.{command.table}].", short="-c"),
+        Flag("preset", Literal[tuple(named)] if named else str, "Settings for a kind of machine."),
+        Flag("json", bool, "Print results as JSON, one object a line."),
+        Flag("dry_run", bool, "Print the settings as TOML and what would be done; do nothing.", short="-n"),
+        Flag("quiet", bool, "Say only warnings and errors.", short="-q"),
+        Flag("verbose", bool, "Say more.", short="-v"),
+    ]
+    return [flag for flag in found if flag.name != "preset" or named]

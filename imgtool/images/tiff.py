@@ -1,0 +1,143 @@
+"""TIFF, which is many formats: tifffile reads and writes it, with libtiff's help for old compressions."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import Any, BinaryIO
+
+import numpy as np
+import tifffile
+from PIL import Image
+
+from imgtool.errors import ImgtoolError
+from imgtool.images import metadata
+from imgtool.images.photo import Array, Photo, merge, split, to_float, to_type
+
+_PLAIN_COMPRESSIONS = (1, 8, 32946)  # none, deflate under its two numbers
+_NO_OR_HORIZONTAL_PREDICTOR = (1, 2)
+_GREY_OR_RGB = (0, 1, 2)
+_WHITE_IS_ZERO, _ASSOCIATED, _FLOAT, _PLANAR = 0, 1, 3, 2
+_PREVIEW_OR_MASK = 1 | 4
+
+
+def _only_page(file: Any, name: str) -> Any:
+    pages = [page for page in file.pages if not int(getattr(page, "subfiletype", 0) or 0) & _PREVIEW_OR_MASK]
+    if len(pages) > 1:
+        raise ImgtoolError(f"{name} holds {len(pages)} pages", "split it into single photos")
+    return pages[0] if pages else file.pages[0]
+
+
+def _check_strips(page: Any, length: int) -> None:
+    """Refuse strips that reach behind the file's end, which would be read as black."""
+    for offset, count in zip(page.dataoffsets, page.databytecounts, strict=False):
+        if not count or offset + count > length:
+            raise ValueError("the file ends within its pixels")
+
+
+def _array(page: Any, data: bytes) -> Array:
+    """Decode a page: tifffile where it can alone, Pillow's and OpenCV's libtiff for the rest."""
+    bits = page.bitspersample if isinstance(page.bitspersample, int) else 0
+    compressed = page.compression not in _PLAIN_COMPRESSIONS
+    odd = page.predictor not in _NO_OR_HORIZONTAL_PREDICTOR or page.photometric not in _GREY_OR_RGB
+    if bits in (8, 16, 32, 64) and not compressed and not odd:
+        return _with_tifffile(page)
+    flat = metadata.upright(data)  # else libtiff would turn it first, and then we
+    if bits <= 8:
+        from imgtool.images.reading import pillow_array
+
+        with Image.open(io.BytesIO(flat), formats=("TIFF",)) as image:
+            return pillow_array(image)
+    return _with_opencv(page, flat)
+
+
+def _with_tifffile(page: Any) -> Array:
+    array: Array = page.asarray()
+    if page.planarconfig == _PLANAR and array.ndim == 3:
+        array = np.moveaxis(array, 0, -1)
+    if page.photometric == _WHITE_IS_ZERO:
+        array = 1 - array if array.dtype.kind == "f" else np.invert(array)
+    return array
+
+
+def _with_opencv(page: Any, data: bytes) -> Array:
+    from imgtool.images.reading import opencv_array
+
+    half = page.sampleformat == _FLOAT and page.bitspersample == 16
+    if half or page.planarconfig == _PLANAR or page.photometric not in _GREY_OR_RGB[1:]:
+        raise ValueError("this kind of TIFF is read only without compression or with deflate")
+    return opencv_array(data)
+
+
+def _checked(array: Array, name: str) -> Array:
+    if array.dtype.kind == "f":
+        array = array.astype(np.float32)
+    channels = array.shape[2] if array.ndim == 3 else 1
+    if array.dtype not in (np.uint8, np.uint16, np.float32) or array.ndim > 3 or channels > 4:
+        what = f"{name} holds {channels} channels of {array.dtype}"
+        raise ImgtoolError(what, "1 to 4 channels of 8 bit, 16 bit or floating point are read")
+    return array
+
+
+def _unmultiplied(array: Array) -> Array:
+    """Divide alpha out of pixels it was multiplied into."""
+    values = to_float(array)
+    colour, alpha = values[..., :-1], values[..., -1:]
+    plain = np.divide(colour, alpha, out=np.zeros_like(colour), where=alpha > 0)
+    return to_type(np.concatenate([plain, alpha], axis=2), array.dtype)
+
+
+def read(data: bytes, check_size: Callable[[int, int], None], name: str) -> Photo:
+    """Read a TIFF of one photo, as it lies.
+
+    Args:
+        data: The file.
+        check_size: Raises where (width, height) is too much.
+        name: What messages call it.
+
+    Raises:
+        ImgtoolError: Several pages, or channels that no photo has.
+        ValueError: And others of the libraries' own, where the file is broken.
+    """
+    with tifffile.TiffFile(io.BytesIO(data)) as file:
+        page = _only_page(file, name)
+        check_size(page.imagewidth, page.imagelength)
+        _check_strips(page, len(data))
+        array = _checked(_array(page, data), name)
+        if array.ndim == 3 and array.shape[2] in (2, 4) and page.extrasamples[:1] == (_ASSOCIATED,):
+            array = _unmultiplied(array)
+    pixels, alpha, grey = split(array)
+    icc, xmp = metadata.tag_bytes(data, metadata.ICC), metadata.tag_bytes(data, metadata.XMP)
+    return Photo(pixels, alpha, grey, metadata.exif_of_tiff(data), icc, xmp, "tif")
+
+
+def header(file: BinaryIO) -> tuple[int, int, int]:
+    """Return width, height and orientation as they are stored."""
+    with tifffile.TiffFile(file) as opened:
+        page: Any = opened.pages[0]
+        way = page.tags.valueof(metadata.ORIENTATION, 1)
+        return page.imagewidth, page.imagelength, int(way) if way in range(1, 9) else 1
+
+
+def encode(photo: Photo) -> bytes:
+    """Write a TIFF with deflate compression, in the byte order of the photo's EXIF block.
+
+    EXIF is kept as far as it speaks of the photo: description, maker, model, software, date, artist,
+    copyright, resolution, rating, and the whole Exif and GPS directories.
+    """
+    array = merge(photo)
+    buffer = io.BytesIO()
+    tifffile.imwrite(
+        buffer,
+        array,
+        bigtiff=False,
+        byteorder=">" if metadata.byte_order(photo.exif or b"") == ">" else "<",
+        photometric="minisblack" if photo.grey else "rgb",
+        planarconfig="contig" if array.ndim == 3 else None,
+        extrasamples=None if photo.alpha is None else ["unassalpha"],
+        compression="zlib",
+        predictor=array.dtype.kind == "u",
+        metadata=None,
+        software=False,
+    )
+    return metadata.into_tiff(buffer.getvalue(), photo.exif, photo.icc, photo.xmp)

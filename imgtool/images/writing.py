@@ -1,0 +1,165 @@
+"""Photos written: with everything that the format holds of them."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from PIL import Image
+
+from imgtool import files
+from imgtool.errors import USAGE, ImgtoolError
+from imgtool.images import metadata, tiff
+from imgtool.images.photo import Array, Photo, convert, merge
+from imgtool.images.reading import FAULTS, rgb_of_bgr
+
+_NAMES = {"jpg": "JPEG", "png": "PNG", "tif": "TIFF", "webp": "WebP"}
+_LONGEST_EDGE = {"jpg": 65_500, "webp": 16_383}
+_LONGEST_JPEG_EXIF, _LONGEST_JPEG_XMP = 65_527, 65_502
+_PNG_LEVEL = 4  # of zlib: half the time of 6 for a few percent more bytes
+_FULL_COLOUR = 90  # JPEG quality from which colour keeps its resolution
+
+
+def extension(source: Path | None) -> str:
+    """Return the ending, without its dot, for the output of an input: its own where that can be written.
+
+    PNG takes what has no format of its own to go back to: BMP, camera RAW, standard input.
+    """
+    suffix = source.suffix.lower() if source else ""
+    return suffix[1:] if suffix in files.FORMATS else "jpg" if suffix in (".jpe", ".jfif") else "png"
+
+
+def file_type(text: str) -> str:
+    """Return "jpg", "png", "tif" or "webp" for a suffix or name such as ".JPEG"; code 2 for any other."""
+    kind = files.FORMATS.get("." + text.lower().removeprefix("."))
+    if kind is None:
+        what = f"cannot write photos of the type {text!r}" if text else "the output has no file type"
+        raise ImgtoolError(what, "known: jpg, png, tif, webp", USAGE)
+    return kind
+
+
+def _depth(photo: Photo, kind: str) -> str:
+    """Return the deepest type the format holds that the photo has use for."""
+    if kind in ("jpg", "webp"):
+        return "uint8"
+    if kind == "png" and photo.pixels.dtype.kind == "f":
+        return "uint16"
+    return str(photo.pixels.dtype.name)
+
+
+def _kept(photo: Photo, kind: str) -> tuple[Photo, list[str]]:
+    """Return the photo as the format can hold it, and sentences on what that loses."""
+    lost: dict[str, dict[str, Any]] = {}
+    depth = _depth(photo, kind)
+    if depth != photo.pixels.dtype.name:
+        before = "floating point is" if photo.pixels.dtype.kind == "f" else "16 bit are"
+        sentence = f"{before} rounded to {8 * np.dtype(depth).itemsize} bit: {_NAMES[kind]} holds no more"
+        lost[sentence] = {
+            "pixels": convert(photo.pixels, depth),
+            "alpha": None if photo.alpha is None else convert(photo.alpha, depth),
+        }
+    if kind == "jpg" and photo.alpha is not None:
+        lost["alpha is dropped: JPEG has none"] = {"alpha": None}
+    if kind == "jpg" and len(photo.exif or b"") > _LONGEST_JPEG_EXIF:
+        lost["EXIF is dropped: it is longer than JPEG allows"] = {"exif": None}
+    if kind == "jpg" and len(photo.xmp or b"") > _LONGEST_JPEG_XMP:
+        lost["XMP is dropped: it is longer than JPEG allows"] = {"xmp": None}
+    if kind == "webp" and photo.grey and (photo.icc or b"")[16:20] == b"GRAY":
+        lost["the ICC profile is dropped: it is for grey, and WebP stores RGB"] = {"icc": None}
+    for changes in lost.values():
+        photo = replace(photo, **changes)
+    return photo, list(lost)
+
+
+def losses(photo: Photo, format: str) -> list[str]:
+    """Return sentences on what of a photo a format cannot hold; [] where it holds all.
+
+    The lossy compression of JPEG and WebP is not counted.
+    """
+    return _kept(photo, file_type(format))[1]
+
+
+def _png_of_two(array: Array) -> bytes:
+    """Write grey with alpha in 16 bit, which neither Pillow nor OpenCV does."""
+    height, width, _ = array.shape
+    header = struct.pack(">IIBBBBB", width, height, 16, 4, 0, 0, 0)
+    rows = array.astype(">u2").reshape(height, -1).view(np.uint8)
+    filtered = np.pad(rows, ((0, 0), (1, 0)))  # filter 0 in front of each row
+    packed = zlib.compress(filtered.tobytes(), _PNG_LEVEL)
+    return metadata.png([(b"IHDR", header), (b"IDAT", packed), (b"IEND", b"")])
+
+
+def _plain_png(array: Array) -> bytes:
+    if array.dtype == np.uint8:
+        buffer = io.BytesIO()
+        Image.fromarray(array).save(buffer, "PNG", compress_level=_PNG_LEVEL)
+        return buffer.getvalue()
+    if array.ndim == 3 and array.shape[2] == 2:
+        return _png_of_two(array)
+    done, packed = cv2.imencode(".png", rgb_of_bgr(array), [cv2.IMWRITE_PNG_COMPRESSION, _PNG_LEVEL])
+    if not done:
+        raise ValueError("OpenCV refuses")
+    return packed.tobytes()
+
+
+def _lossy(photo: Photo, kind: str, quality: int) -> bytes:
+    array = merge(photo)
+    exif = photo.exif
+    if kind == "jpg":
+        options: dict[str, Any] = {"subsampling": 0 if quality >= _FULL_COLOUR else 2}
+        exif = exif and b"Exif\0\0" + exif
+    else:
+        array = np.stack([array] * 3, axis=2) if array.ndim == 2 else array
+        array = array[..., [0, 0, 0, 1]] if array.shape[2] == 2 else array
+        options = {"lossless": quality == 100, "exact": True}  # exact: colours under alpha 0 stay
+    told = {"exif": exif, "icc_profile": photo.icc, "xmp": photo.xmp}
+    options |= {name: value for name, value in told.items() if value}
+    buffer = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(array)).save(buffer, _NAMES[kind], quality=quality, **options)
+    return buffer.getvalue()
+
+
+def _check_edge(photo: Photo, kind: str) -> None:
+    height, width = photo.pixels.shape[:2]
+    if max(height, width) > _LONGEST_EDGE.get(kind, 1 << 31):
+        what = f"{width}×{height} is too large for {_NAMES[kind]}, whose edges end at {_LONGEST_EDGE[kind]}"
+        raise ImgtoolError(what, "write PNG or TIFF")
+
+
+def encode(photo: Photo, format: str, quality: int = 95) -> bytes:
+    """Encode a photo with all that the format holds of it; ``losses`` says what it does not.
+
+    Args:
+        photo: The photo. Where it is marked grey, one channel is written (three by WebP).
+        format: "jpg", "png", "tif" or "webp".
+        quality: 1..100, of JPEG and WebP. WebP of quality 100 is lossless.
+
+    Raises:
+        ImgtoolError: Code 2 for an unknown format; code 1 where the photo is too large for it.
+    """
+    kind = file_type(format)
+    _check_edge(photo, kind)
+    photo, _ = _kept(photo, kind)
+    try:
+        if kind == "png":
+            return metadata.into_png(_plain_png(merge(photo)), photo.exif, photo.icc, photo.xmp)
+        return tiff.encode(photo) if kind == "tif" else _lossy(photo, kind, quality)
+    except FAULTS as fault:
+        raise ImgtoolError(
+            f"cannot write {_NAMES[kind]}: {fault}", "try another format with --format"
+        ) from None
+
+
+def write(path: Path, photo: Photo, quality: int = 95, format: str = "") -> None:
+    """Write a photo whole or not at all; the suffix names the format unless ``format`` does.
+
+    Raises:
+        ImgtoolError: As ``encode`` and ``files.atomic``.
+    """
+    files.write(path, encode(photo, format or path.suffix, quality))

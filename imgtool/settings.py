@@ -1,0 +1,383 @@
+"""Settings: one declaration each, from which come flag, help, TOML key, record and argument.
+
+A setting is a field of a frozen pydantic model, with its default, its limits and the sentence that
+help shows. Sources in rising order: defaults, a preset, ``./imgtool.toml``, ``--config FILE``, the
+environment, flags. TOML tables mirror the words typed: ``[train.deblur]``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+
+import tomli
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic.fields import FieldInfo
+
+from imgtool import engines
+from imgtool.errors import USAGE, ImgtoolError
+
+VERBS: Mapping[str, str] = {
+    "train": "Train a network.",
+    "infer": "Run a network over photos.",
+    "bench": "Measure speed, memory and quality.",
+    "data": "Make or check training data.",
+}
+"""The verbs and what help says of them; each is a module of the same name."""
+
+ENVIRONMENT = {"device": "IMGTOOL_DEVICE", "threads": "IMGTOOL_THREADS"}
+"""Settings that the environment may give: only where one runs, never what is done."""
+
+FILES = "Input and output"
+NETWORK = "Network"
+MODEL = "Model"
+DATA = "Data"
+MEASUREMENT = "Measurement"
+TRAINING = "Training"
+RUN = "Run"
+PANELS = (FILES, DATA, MEASUREMENT, NETWORK, MODEL, TRAINING, RUN)
+"""The headings of help, in the order in which it shows them."""
+
+Place = Annotated[str, AfterValidator(os.path.expanduser)]
+"""A path or pattern that may begin with ``~``, or a plain word."""
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    panel: str = RUN,
+    short: str = "",
+    argument: bool = False,
+    **limits: Any,
+) -> Any:
+    """Declare a setting.
+
+    Args:
+        default: Value when nothing says otherwise; ``...`` makes it required.
+        help: The sentence that ``--help`` shows. It may end in "[default: ...]" where the default
+            is found out at run time.
+        panel: Heading under which help lists it. Those under "Model" shape the network and are
+            taken from the checkpoint when one is loaded.
+        short: One-letter flag such as "-o".
+        argument: True for a positional argument.
+        limits: Any constraint of ``pydantic.Field``: ge, gt, le, lt, multiple_of.
+    """
+    extra: dict[str, Any] = {"panel": panel, "short": short, "argument": argument}
+    return Field(default=default, description=help, json_schema_extra=extra, **limits)
+
+
+def declared(info: FieldInfo) -> dict[str, Any]:
+    """Return what ``setting`` was told beside default, help and limits: panel, short, argument."""
+    extra = info.json_schema_extra
+    return {"panel": RUN, "short": "", "argument": False} | (extra if isinstance(extra, dict) else {})
+
+
+def _at_home(value: Any) -> Any:
+    return Path(os.path.expanduser(value)) if isinstance(value, Path) else value
+
+
+class Settings(BaseModel):
+    """Base of all settings: frozen, no unknown names, usable from Python as keyword arguments."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    example: ClassVar[str] = ""
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _expand_home(cls, value: Any) -> Any:
+        """Expand ``~`` in paths: TOML files and ``--flag=~/x`` do not pass through a shell's hands."""
+        return tuple(_at_home(each) for each in value) if isinstance(value, tuple) else _at_home(value)
+
+    def changed(self, **values: Any) -> Self:
+        """Return a copy with some values replaced, validated again."""
+        return type(self).model_validate(self.model_dump() | values)
+
+
+T = TypeVar("T", bound=Settings)
+
+
+class Common(Settings):
+    """What every verb takes."""
+
+    device: str = setting("auto", "Where to compute: auto, cpu, cuda, cuda:1, mps.")
+    threads: int = setting(0, "CPU threads; 0 takes all cores.", ge=0, le=1024)
+
+
+class Train(Common):
+    """Train a network."""
+
+    out: Path | None = setting(None, "Run folder [default: runs/<engine>/<date-time>].", short="-o")
+    resume: Path | None = setting(None, "Run folder to go on with, exactly where it stopped.")
+    seed: int = setting(0, "Seed of weights, data and augmentation.", ge=0)
+    workers: int = setting(1, "Processes that prepare data; 0 prepares it in the main one.", ge=0, le=256)
+    steps: int = setting(20_000, "Optimiser steps in all.", panel=TRAINING, ge=1)
+    batch: int = setting(16, "Samples per step.", panel=TRAINING, ge=1)
+    epoch_steps: int = setting(500, "Steps between validations: one epoch.", panel=TRAINING, ge=1)
+    lr: float = setting(3e-4, "Peak learning rate of AdamW.", panel=TRAINING, gt=0)
+    warmup: int = setting(200, "Steps over which the rate rises from zero.", panel=TRAINING, ge=0)
+    final_lr: float = setting(
+        0.01, "Rate at the last step as a share of the peak (cosine).", panel=TRAINING, ge=0, le=1
+    )
+    weight_decay: float = setting(1e-4, "AdamW weight decay.", panel=TRAINING, ge=0)
+    clip: float = setting(1.0, "Largest norm of the gradient; 0 does not clip.", panel=TRAINING, ge=0)
+    ema: float = setting(
+        0.999, "Decay of the averaged weights that are validated and kept.", panel=TRAINING, ge=0, lt=1
+    )
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = setting(
+        "auto",
+        "Arithmetic of the forward pass; auto is bf16 or fp16 on a GPU, fp32 on a CPU.",
+        panel=TRAINING,
+    )
+    patience: int = setting(
+        0, "Epochs without a better score before stopping; 0 never stops early.", panel=TRAINING, ge=0
+    )
+    max_bad_steps: int = setting(20, "Non-finite steps in a row that end the run.", panel=TRAINING, ge=1)
+    save_every: int = setting(
+        200, "Steps between saves of the state that --resume takes.", panel=TRAINING, ge=1
+    )
+    weights: Place = setting(
+        "", "Weights to start from: a file or the name of shipped weights.", panel=TRAINING
+    )
+    freeze: str = setting("", "Prefix of the parameter names that stay fixed.", panel=TRAINING)
+    unfreeze_epoch: int = setting(
+        0, "Epoch at which frozen parameters begin to learn; 0 never.", panel=TRAINING, ge=0
+    )
+
+
+class Infer(Common):
+    """Run a network over photos."""
+
+    inputs: tuple[Place, ...] = setting(
+        ..., "Photos, folders, globs, or - for standard input.", panel=FILES, argument=True, min_length=1
+    )
+    out: Place | None = setting(
+        None,
+        "File for one input, folder for many, - for standard output [default: beside the input].",
+        panel=FILES,
+        short="-o",
+    )
+    format: Literal["", "jpg", "png", "tif", "webp"] = setting(
+        "", "File type of the output [default: that of the input or of -o].", panel=FILES
+    )
+    quality: int = setting(95, "Quality of JPEG and WebP output.", panel=FILES, ge=1, le=100)
+    force: bool = setting(False, "Overwrite outputs that exist.", panel=FILES, short="-f")
+    skip_existing: bool = setting(
+        False, "Leave out inputs whose output exists: resumes a batch.", panel=FILES
+    )
+    fail_fast: bool = setting(False, "Stop at the first failure.", panel=FILES)
+    compare: bool = setting(False, "Also write a before/after sheet, <output>-compare.png.", panel=FILES)
+    report: Path | None = setting(
+        None, "Write one page, DIR/index.html, with a before/after slider for every photo.", panel=FILES
+    )
+    weights: Place = setting(
+        "",
+        "Weights: a file or the name of shipped weights [default: the engine's own].",
+        panel=NETWORK,
+    )
+
+
+class Bench(Common):
+    """Measure speed, memory and quality."""
+
+    threads: int = setting(1, "CPU threads of each subject; 0 takes all cores.", ge=0, le=1024)
+    weights: Place = setting(
+        "",
+        "Weights: a file or the name of shipped weights [default: the engine's own].",
+        panel=NETWORK,
+    )
+    data: Path | None = setting(None, "Folder of pairs on which quality is measured.", panel=MEASUREMENT)
+    runs: int = setting(
+        3, "Timed runs of each subject, interleaved; the fastest counts.", panel=MEASUREMENT, ge=1
+    )
+    report: Path | None = setting(None, "Write the figures and pictures into this folder.", panel=MEASUREMENT)
+
+
+class Data(Common):
+    """Make or check data."""
+
+
+def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
+    """Return a hint that names the nearest known word, or all of them."""
+    import difflib
+
+    words = list(known)
+    near = difflib.get_close_matches(word, words, 1)
+    if near:
+        return f"did you mean {prefix}{near[0]}?"
+    return "known: " + ", ".join(prefix + each for each in words)
+
+
+def _tables(path: Path) -> dict[str, Any]:
+    try:
+        return tomli.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ImgtoolError(
+            f"no such settings file: {path}", "check the path given to --config or IMGTOOL_CONFIG", USAGE
+        ) from None
+    except (OSError, UnicodeDecodeError) as fault:
+        raise ImgtoolError(f"cannot read {path}: {fault}", "give a readable TOML file", USAGE) from None
+    except tomli.TOMLDecodeError as fault:
+        raise ImgtoolError(
+            f"{path} is not valid TOML: {fault}", "--dry-run prints settings as valid TOML", USAGE
+        ) from None
+
+
+def _known(verb: str) -> set[str]:
+    """Return the words that may follow a verb in the name of a table."""
+    if verb == "data":
+        return {action for name in engines.SUMMARY for action in engines.settings(name).ACTIONS}
+    return set(engines.SUMMARY)
+
+
+def _check_words(found: Any, known: Iterable[str], path: Path, before: str = "") -> None:
+    """Refuse names of tables that no command reads: a typing error would else change nothing."""
+    if not isinstance(found, dict):
+        words = before.rstrip(".")
+        raise ImgtoolError(f"[{words}] in {path} is not a table", f"write [{words}.<engine>]", USAGE)
+    names = sorted(known)
+    for word in found:
+        if word not in names:
+            raise ImgtoolError(
+                f"unknown table [{before}{word}] in {path}", did_you_mean(word, names, before), USAGE
+            )
+
+
+def _pick(tables: Any, words: Iterable[str]) -> Any:
+    for word in words:
+        tables = tables.get(word, {}) if isinstance(tables, dict) else None
+    return tables
+
+
+def table(path: Path, verb: str, engine: str) -> dict[str, Any]:
+    """Return ``[verb.engine]`` of a TOML file as a dict, {} where there is none.
+
+    A file may hold tables for other commands; a table that belongs to no command is refused.
+
+    Raises:
+        ImgtoolError: Code 2, for a file that cannot be read or holds unknown tables.
+    """
+    tables = _tables(path)
+    _check_words(tables, VERBS, path)
+    for word, found in tables.items():
+        _check_words(found, _known(word), path, f"{word}.")
+        for action in found if word == "data" else ():
+            _check_words(found[action], engines.SUMMARY, path, f"{word}.{action}.")
+    picked = _pick(tables, (verb, *engine.split(".")))
+    if not isinstance(picked, dict):
+        raise ImgtoolError(f"{verb}.{engine} in {path} is not a table", f"write [{verb}.{engine}]", USAGE)
+    return picked
+
+
+def presets() -> dict[str, Any]:
+    """Return the named presets that ship with the package: ``{name: {verb: {engine: {…}}}}``."""
+    return _tables(Path(__file__).with_name("presets.toml"))
+
+
+def _fault(cls: type[Settings], error: Mapping[str, Any], where: str, flags: bool) -> ImgtoolError:
+    """Put one of pydantic's errors into the words of the command line or of the file."""
+    name = str(error["loc"][0]) if error["loc"] else ""
+    info = cls.model_fields.get(name)
+    if info is None:
+        return ImgtoolError(f"unknown setting {name} in {where}", did_you_mean(name, cls.model_fields), USAGE)
+    shown = name
+    if flags:
+        shown = name.upper() if declared(info)["argument"] else "--" + name.replace("_", "-")
+    help_text = (info.description or "").partition(" [default:")[0]
+    if error["type"] == "missing":
+        return ImgtoolError(f"{where} needs {shown}", f"{shown}: {help_text}", USAGE)
+    message = error["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    source = "" if flags else f"{where}: "
+    return ImgtoolError(f"{source}{shown}: {message}, not {error['input']!r}", f"{shown}: {help_text}", USAGE)
+
+
+def make(cls: type[T], values: Mapping[str, Any], where: str, *, flags: bool = False) -> T:
+    """Validate values into settings; a fault becomes a usage error that names the setting.
+
+    Args:
+        cls: The settings class.
+        values: Name to value.
+        where: What the values came from, for the message.
+        flags: Name the settings as flags in messages.
+
+    Raises:
+        ImgtoolError: Code 2, for the first fault found.
+    """
+    try:
+        return cls.model_validate(dict(values))
+    except ValidationError as fault:
+        raise _fault(cls, dict(fault.errors()[0]), where, flags) from None
+
+
+def check(cls: type[Settings], values: Mapping[str, Any], where: str) -> None:
+    """Check values that are only part of the settings, so that a fault names its own source."""
+    try:
+        cls.model_validate(dict(values))
+    except ValidationError as fault:
+        for error in fault.errors():
+            if error["type"] != "missing":
+                raise _fault(cls, dict(error), where, flags=False) from None
+
+
+def _preset(name: str, verb: str, engine: str) -> dict[str, Any]:
+    known = presets()
+    if name not in known:
+        raise ImgtoolError(f"no preset named {name}", did_you_mean(name, known), USAGE)
+    found: dict[str, Any] = _pick(known[name], (verb, *engine.split(".")))
+    return found
+
+
+def _files(config: Path | None) -> list[Path]:
+    local = Path("imgtool.toml")
+    named = str(config) if config else os.environ.get("IMGTOOL_CONFIG", "")
+    return [local] * local.is_file() + [Path(os.path.expanduser(named))] * bool(named)
+
+
+def resolve(
+    cls: type[T],
+    verb: str,
+    engine: str,
+    flags: Mapping[str, Any],
+    config: Path | None = None,
+    preset: str = "",
+) -> T:
+    """Merge all sources into settings (see the module's first lines for their order).
+
+    Args:
+        cls: The settings class of the command.
+        verb: "train", "infer", ...
+        engine: "deblur", or "synth.deblur" for the actions of ``data``.
+        flags: What was given on the command line, and only that.
+        config: File named by ``--config``; without it ``IMGTOOL_CONFIG`` is read.
+        preset: Name of a shipped preset; one without a table for this command changes nothing.
+
+    Raises:
+        ImgtoolError: Code 2, for anything unknown or out of range, naming its source.
+    """
+    values: dict[str, Any] = {}
+    sources = [(f"preset {preset}", _preset(preset, verb, engine))] if preset else []
+    sources += [(str(path), table(path, verb, engine)) for path in _files(config)]
+    sources += [
+        (key, {name: os.environ[key]})
+        for name, key in ENVIRONMENT.items()
+        if os.environ.get(key) and name in cls.model_fields
+    ]
+    for where, given in sources:
+        check(cls, given, where)
+        values |= given
+    return make(cls, values | dict(flags), " ".join([verb, *engine.split(".")]), flags=True)
+
+
+def to_toml(settings: Settings, verb: str, engine: str) -> str:
+    """Write settings as a TOML table that ``--config`` reads back; unset ones are left out."""
+    import tomli_w
+
+    nested: dict[str, Any] = {
+        name: value for name, value in settings.model_dump(mode="json").items() if value is not None
+    }
+    for word in reversed([verb, *engine.split(".")]):
+        nested = {word: nested}
+    return tomli_w.dumps(nested)

@@ -1,0 +1,269 @@
+"""Tiled inference that equals the whole image.
+
+The photo is mirrored ``border`` pixels beyond its edges once. A tile is a core, which is kept, and
+a halo around it, which is computed and thrown away; both are aligned to the network's multiple, and
+tiles are clipped where the mirrored photo ends, so that its border is met as in the whole photo.
+Nothing is blended. Where the halo covers the network's reach the result is that of the whole photo
+up to the rounding of float32. Pixels are converted tile by tile, so memory beyond the tile is one
+input and one output in the photo's own type.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from imgtool import compute
+from imgtool.engine import TileFacts, Watch
+from imgtool.errors import USAGE, ImgtoolError
+
+if TYPE_CHECKING:
+    from imgtool.engine import Pixels
+
+SMALLEST = 64
+"""Core edge below which running out of memory is an error."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """One axis of a tile: photo coordinates of what is kept and of what is read (may lie outside)."""
+
+    start: int
+    stop: int
+    read_start: int
+    read_stop: int
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A core and what is read for it, by rows and columns."""
+
+    rows: Span
+    columns: Span
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a photo is cut.
+
+    Attributes:
+        core: Largest edge of a core in pixels; 0 takes the photo whole.
+        halo: Context on each side, a multiple of the network's multiple.
+        strength: Share of the network's change that is applied.
+    """
+
+    core: int
+    halo: int
+    strength: float = 1.0
+
+
+def _up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def spans(size: int, core: int, halo: int, facts: TileFacts) -> list[Span]:
+    """Cut one axis evenly into cores of at most ``core`` pixels, aligned to the network's multiple.
+
+    >>> [(s.start, s.stop) for s in spans(20, 8, 8, TileFacts(multiple=4))]
+    [(0, 8), (8, 16), (16, 20)]
+    >>> spans(1, 0, 8, TileFacts(multiple=8, border=16))
+    [Span(start=0, stop=1, read_start=-16, read_stop=24)]
+    """
+    low = -facts.border
+    high = low + _up(size + 2 * facts.border, facts.multiple)
+    count = math.ceil(size / core) if core else 1
+    step = _up(math.ceil(size / count), facts.multiple)
+    cores = [(start, min(start + step, size)) for start in range(0, size, step)]
+    return (
+        [Span(a, b, max(a - halo, low), min(_up(b, facts.multiple) + halo, high)) for a, b in cores]
+        if count > 1
+        else [Span(0, size, low, high)]
+    )
+
+
+def cut(height: int, width: int, plan: Plan, facts: TileFacts) -> list[Tile]:
+    """Return the tiles of a photo, row by row; their cores cover it exactly once."""
+    halo = _up(plan.halo, facts.multiple)
+    columns = spans(width, plan.core, halo, facts)
+    return [Tile(row, column) for row in spans(height, plan.core, halo, facts) for column in columns]
+
+
+def choose(height: int, width: int, tile: int | None, overlap: int, memory: float, facts: TileFacts) -> int:
+    """Return the core edge for a photo, 0 for whole.
+
+    Args:
+        height: Rows of the photo.
+        width: Columns of the photo.
+        tile: Edge asked for, 0 for whole, None for what fits into ``memory``.
+        overlap: Halo in pixels.
+        memory: Budget of the forward pass in bytes.
+        facts: The network's.
+
+    Raises:
+        ImgtoolError: Code 2, when tiles are asked of a network that tiling would change.
+    """
+    if tile is not None and tile >= max(height, width):
+        tile = 0
+    if not facts.local:
+        if tile:
+            raise ImgtoolError(
+                f"tiles would change the result: {facts.reason}", "take --tile 0, or a local network", USAGE
+            )
+        return 0
+    if tile is not None:
+        return _up(tile, facts.multiple)
+    edge = math.isqrt(int(memory / facts.bytes_per_pixel))
+    if height * width <= edge * edge:
+        return 0
+    return max(edge - 2 * overlap, SMALLEST) // facts.multiple * facts.multiple
+
+
+def mirrored(start: int, stop: int, size: int) -> npt.NDArray[np.int64]:
+    """Return the indices of ``start..stop`` in an endlessly mirrored row of ``size`` pixels.
+
+    >>> mirrored(-2, 5, 3).tolist()
+    [2, 1, 0, 1, 2, 1, 0]
+    """
+    period = max(2 * (size - 1), 1)
+    position = np.arange(start, stop) % period
+    return np.minimum(position, period - position) if size > 1 else np.zeros(stop - start, np.int64)
+
+
+def read(image: Pixels, tile: Tile) -> npt.NDArray[np.float32]:
+    """Return what a tile reads of ``(H, W, 3)`` as float32; integers are scaled to 0..1."""
+    height, width = image.shape[:2]
+    rows, columns = tile.rows, tile.columns
+    inside = (
+        rows.read_start >= 0
+        and rows.read_stop <= height
+        and columns.read_start >= 0
+        and columns.read_stop <= width
+    )
+    if inside:
+        part = image[rows.read_start : rows.read_stop, columns.read_start : columns.read_stop]
+    else:
+        part = image[mirrored(rows.read_start, rows.read_stop, height)][
+            :, mirrored(columns.read_start, columns.read_stop, width)
+        ]
+    if np.issubdtype(image.dtype, np.integer):
+        return part.astype(np.float32) / np.float32(np.iinfo(image.dtype).max)
+    return part.astype(np.float32)
+
+
+def write(out: Pixels, tile: Tile, values: npt.NDArray[np.float32]) -> None:
+    """Put a tile's core into the output; integers are clipped and rounded to nearest."""
+    if np.issubdtype(out.dtype, np.integer):
+        values = np.rint(np.clip(values, 0, 1) * np.float32(np.iinfo(out.dtype).max))
+    out[tile.rows.start : tile.rows.stop, tile.columns.start : tile.columns.stop] = values
+
+
+@torch.inference_mode()
+def compute_tile(net: nn.Module, image: Pixels, tile: Tile, strength: float) -> npt.NDArray[np.float32]:
+    """Run the network over one tile and return its core, ``(h, w, 3)`` float32, not clipped.
+
+    The network sees values clipped to 0..1 (and 0 for NaN); its change is added to the original,
+    so that what lies outside 0..1 in a float photo survives.
+    """
+    where = next(net.parameters()).device
+    values = read(image, tile)
+    rows = slice(tile.rows.start - tile.rows.read_start, tile.rows.stop - tile.rows.read_start)
+    columns = slice(tile.columns.start - tile.columns.read_start, tile.columns.stop - tile.columns.read_start)
+    seen = torch.from_numpy(values).to(where).permute(2, 0, 1)[None]  # channels-last as it is
+    seen = torch.nan_to_num(seen, nan=0.0).clamp_(0, 1) if image.dtype == np.float32 else seen
+    change = (net(seen) - seen)[0].permute(1, 2, 0)[rows, columns].float().cpu().numpy()
+    core: npt.NDArray[np.float32] = values[rows, columns] + np.float32(strength) * change
+    return core
+
+
+def _halves(span: Span, halo: int, facts: TileFacts, size: int) -> Iterator[Span]:
+    core = max((span.stop - span.start) // 2, facts.multiple)
+    for part in spans(span.stop - span.start, core, halo, facts):
+        yield Span(
+            span.start + part.start,
+            span.start + part.stop,
+            max(span.start + part.start - halo, -facts.border),
+            min(
+                _up(span.start + part.stop, facts.multiple) + halo,
+                _up(size + 2 * facts.border, facts.multiple) - facts.border,
+            ),
+        )
+
+
+def quarter(tile: Tile, shape: tuple[int, ...], halo: int, facts: TileFacts) -> list[Tile]:
+    """Cut a tile that did not fit into memory into four (or two) smaller ones."""
+    rows = list(_halves(tile.rows, halo, facts, shape[0]))
+    columns = list(_halves(tile.columns, halo, facts, shape[1]))
+    return [Tile(row, column) for row in rows for column in columns]
+
+
+def run(
+    net: nn.Module,
+    image: Pixels,
+    plan: Plan,
+    facts: TileFacts,
+    watch: Watch = Watch(),  # noqa: B008 - frozen
+) -> tuple[Pixels, int, int]:
+    """Run a network over a photo, tile by tile.
+
+    When a tile does not fit into memory it is quartered, and so are those that follow.
+
+    Args:
+        net: Maps ``(1, 3, h, w)`` float32 in 0..1 to the same shape; in evaluation mode.
+        image: ``(H, W, 3)`` uint8, uint16 or float32.
+        plan: How to cut it.
+        facts: What the network allows.
+        watch: Told after each tile, and when tiles are made smaller.
+
+    Returns:
+        The result in the photo's shape and type, the number of tiles, and the largest core's edge.
+
+    Raises:
+        ImgtoolError: When memory does not do for the smallest tile, or for a network that may not
+            be cut.
+    """
+    out = np.empty_like(image)
+    halo = _up(plan.halo, facts.multiple)
+    waiting = cut(image.shape[0], image.shape[1], plan, facts)[::-1]
+    finished, edge, limit = 0, 0, max(image.shape[:2])
+    while waiting:
+        tile = waiting.pop()
+        size = max(tile.rows.stop - tile.rows.start, tile.columns.stop - tile.columns.start)
+        if size > limit:
+            waiting += quarter(tile, image.shape, halo, facts)[::-1]
+            continue
+        try:
+            values = compute_tile(net, image, tile, plan.strength)
+        except (RuntimeError, MemoryError) as fault:
+            limit = _smaller(fault, size, facts)
+            watch.say(f"out of memory: going on with tiles of {limit} pixels")
+            waiting.append(tile)
+            continue
+        write(out, tile, values)
+        finished, edge = finished + 1, max(edge, size)
+        watch.done(finished, finished + len(waiting))
+    return out, finished, edge
+
+
+def _smaller(fault: BaseException, size: int, facts: TileFacts) -> int:
+    """Return the limit to go on with after a fault, or raise what the user should read."""
+    if not compute.out_of_memory(fault):
+        raise fault
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if not facts.local:
+        raise ImgtoolError(
+            f"out of memory, and this network takes the photo whole: {facts.reason}",
+            "use a local network, or a smaller photo",
+        ) from None
+    if size <= SMALLEST:
+        raise ImgtoolError(
+            f"out of memory, even for a tile of {size} pixels", "close other programs, or take --device cpu"
+        ) from None
+    return _up(size // 2, facts.multiple)
