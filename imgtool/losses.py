@@ -12,44 +12,44 @@ MS_SSIM_SMALLEST = 161
 """Shortest side that five scales of an 11-pixel window allow: (11 - 1) * 2^4 + 1."""
 
 
-def charbonnier(output: Tensor, target: Tensor, weight: Tensor | float = 1.0, eps: float = 1e-3) -> Tensor:
-    """Return the weighted mean of sqrt(difference^2 + eps^2): L1 that is smooth at zero.
+def charbonnier(output: Tensor, target: Tensor, eps: float = 1e-3) -> Tensor:
+    """Return the mean of sqrt(difference^2 + eps^2): L1 that is smooth at zero.
 
     Charbonnier et al., "Two deterministic half-quadratic regularization algorithms for computed
-    imaging", ICIP 1994. ``weight`` is broadcast against the images.
+    imaging", ICIP 1994.
 
     >>> charbonnier(torch.zeros(1, 3, 4, 4), torch.zeros(1, 3, 4, 4)).item() < 0.00101
     True
     """
-    return (torch.sqrt((output - target).square() + eps * eps) * weight).mean()
+    return torch.sqrt((output - target).square() + eps * eps).mean()
 
 
-def frequency(output: Tensor, target: Tensor, weight: Tensor | float = 1.0) -> Tensor:
-    """Return the weighted mean magnitude of the difference's 2-D spectrum (orthonormal FFT).
+def frequency(output: Tensor, target: Tensor) -> Tensor:
+    """Return the mean magnitude of the difference's 2-D spectrum (orthonormal FFT).
 
     Cho et al., "Rethinking coarse-to-fine approach in single image deblurring" (MIMO-UNet), ICCV
     2021, equation 9, with the transform scaled so that its size does not depend on the crop.
-    ``weight`` is ``(B, 1, 1, 1)``.
 
     >>> frequency(torch.ones(1, 1, 8, 8), torch.ones(1, 1, 8, 8)).item()
     0.0
     """
-    spectrum = torch.fft.rfft2((output - target) * weight, norm="ortho")
+    spectrum = torch.fft.rfft2(output - target, norm="ortho")
     return torch.view_as_real(spectrum).abs().mean()
 
 
-def relative_weight(given: Tensor, target: Tensor, floor: float = 0.01) -> Tensor:
-    """Return weights ``(B, 1, 1, 1)``, mean 1, that fall with how far the input is from the target.
+def relative_mse(output: Tensor, target: Tensor, given: Tensor, floor: float = 1e-4) -> Tensor:
+    """Return the mean over images of the squared error left, as a share of the input's.
 
-    They make a loss speak of relative improvement: without them the few inputs that are damaged
-    beyond repair outweigh all that can be mended. ``floor`` is the mean absolute error that counts
-    as none.
+    1 where nothing was gained; its -10 log10 is an image's gain in dB, so that lightly and heavily
+    damaged images count alike. ``floor`` (40 dB) is added below the line: what was not damaged and
+    is changed by as much costs 1 too.
 
-    >>> relative_weight(torch.rand(2, 3, 8, 8), torch.rand(2, 3, 8, 8)).mean().round(decimals=4).item()
-    1.0
+    >>> relative_mse(torch.ones(1, 3, 4, 4), torch.ones(1, 3, 4, 4), torch.zeros(1, 3, 4, 4)).item()
+    0.0
     """
-    weight = 1 / ((given - target).abs().mean((1, 2, 3), keepdim=True) + floor)
-    return weight / weight.mean()
+    left = (output - target).square().mean((1, 2, 3))
+    damage = (given - target).square().mean((1, 2, 3))
+    return (left / (damage + floor)).mean()
 
 
 class _Clamp(torch.autograd.Function):

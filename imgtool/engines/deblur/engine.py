@@ -37,21 +37,20 @@ def tile_facts(net: nn.Module) -> TileFacts:
 def loss(net: nn.Module, batch: data.Pair, settings: Train) -> Terms:
     """Return the terms of the loss on a batch of uint8 pairs.
 
-    ``charbonnier-fft``: Charbonnier + the spectrum's L1, each image weighted by how little it is
-    blurred. ``msssim-charbonnier``, the original's: 0.84 (1 - MS-SSIM) + 0.16 Charbonnier.
+    ``relative-mse``: the squared error left, as a share of the blurred image's. ``charbonnier-fft``:
+    Charbonnier + the spectrum's L1. ``msssim-charbonnier``, the original's: 0.84 (1 - MS-SSIM) +
+    0.16 Charbonnier.
     """
     blurred, sharp = _unit(batch.blurred), _unit(batch.sharp)
     output = net(blurred)
     with torch.autocast(output.device.type, enabled=False):
         output = output.float()
+        if settings.loss == "relative-mse":
+            return {"relative-mse": losses.relative_mse(output, sharp, blurred)}
+        charbonnier = losses.charbonnier(output, sharp)
         if settings.loss == "msssim-charbonnier":
-            charbonnier = 0.16 * losses.charbonnier(output, sharp)
-            return {"ms-ssim": 0.84 * losses.ms_ssim_loss(output, sharp), "charbonnier": charbonnier}
-        weight = losses.relative_weight(blurred, sharp)
-        return {
-            "charbonnier": losses.charbonnier(output, sharp, weight),
-            "fft": losses.frequency(output, sharp, weight),
-        }
+            return {"ms-ssim": 0.84 * losses.ms_ssim_loss(output, sharp), "charbonnier": 0.16 * charbonnier}
+        return {"charbonnier": charbonnier, "fft": losses.frequency(output, sharp)}
 
 
 def score(net: nn.Module, batch: data.Pair) -> Terms:

@@ -1,8 +1,8 @@
 """Networks of the deblur engine: ``(B, 3, H, W)`` blurred sRGB in 0..1 to sharp, any size.
 
-``unet-lite`` has no statistic over space: an output pixel depends on input pixels at most
-``HALO`` away, so tiles that carry that much context equal the whole image. ``unet-seed`` is the
-original, with GroupNorm over the whole image.
+``unet-lite`` has no statistic over space (its normalisation is of each pixel's own channels): an
+output pixel depends on input pixels at most ``HALO`` away, so tiles that carry that much context
+equal the whole image. ``unet-seed`` is the original, with GroupNorm over the whole image.
 """
 
 from __future__ import annotations
@@ -45,20 +45,41 @@ def pad_to(x: Tensor, multiple: int) -> Tensor:
     return reflect(x, 0, -x.shape[-1] % multiple, 0, -x.shape[-2] % multiple)
 
 
-class Block(nn.Module):
-    """Residual 3x3 convolution, ReLU, 1x1 convolution: reaches one cell, not two."""
+class ChannelNorm(nn.Module):
+    """Normalise the channels of every pixel by themselves: nothing crosses from pixel to pixel."""
 
-    def __init__(self, channels: int, expand: int = 2) -> None:
+    def __init__(self, channels: int) -> None:
+        """Start with unit gain."""
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``(B, C, H, W)`` to the same shape."""
+        last = x.permute(0, 2, 3, 1)
+        return F.layer_norm(last, (x.shape[1],), self.weight, self.bias, 1e-6).permute(0, 3, 1, 2)
+
+
+class Block(nn.Module):
+    """Residual block of one 3x3 convolution whose two halves are multiplied: reaches one cell.
+
+    The product is the simple gate of Chen et al., "Simple baselines for image restoration"
+    (NAFNet), ECCV 2022; the convolution is dense, which costs a CPU less time than a depthwise one.
+    """
+
+    def __init__(self, channels: int) -> None:
         """Start as the identity, so that depth costs nothing at the beginning."""
         super().__init__()
-        self.spatial = nn.Conv2d(channels, channels * expand, 3, padding=1)
-        self.mix = nn.Conv2d(channels * expand, channels, 1)
+        self.norm = ChannelNorm(channels)
+        self.spatial = nn.Conv2d(channels, 2 * channels, 3, padding=1)
+        self.mix = nn.Conv2d(channels, channels, 1)
         nn.init.zeros_(self.mix.weight)
         nn.init.zeros_(self.mix.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(B, C, H, W)`` to the same shape."""
-        out: Tensor = x + self.mix(F.relu(self.spatial(x)))
+        first, second = self.spatial(self.norm(x)).chunk(2, 1)
+        out: Tensor = x + self.mix(first * second)
         return out
 
 
@@ -92,12 +113,12 @@ class UNetLite(nn.Module):
         """Sharpen ``(B, 3, H, W)`` sRGB in 0..1; the result has the same shape and is not clipped."""
         height, width = image.shape[-2:]
         padded = pad_to(image, self.multiple)
-        fine = self.encoders[0](self.stem(F.pixel_unshuffle(padded, 2)))
+        fine = self.encoders[0](self.stem(F.pixel_unshuffle(padded * 2 - 1, 2)))
         middle = self.encoders[1](self.downs[0](fine))
         coarse = self.encoders[2](self.downs[1](middle))
         middle = self.decoders[1](middle + self.ups[1](coarse))
         fine = self.decoders[0](fine + self.ups[0](middle))
-        residual = F.pixel_shuffle(self.head(fine), 2)
+        residual = F.pixel_shuffle(self.head(fine), 2) / 2
         return image + residual[..., :height, :width].to(image.dtype)
 
 

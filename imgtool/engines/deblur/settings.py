@@ -52,9 +52,11 @@ class Train(Model, common.Train):
     held_out: int = setting(
         24, "Validation crops, fixed, from photos that are not trained on.", panel="Data", ge=1
     )
-    loss: Literal["charbonnier-fft", "msssim-charbonnier"] = setting(
-        "charbonnier-fft",
-        "charbonnier-fft, or the original's 0.84 (1 - MS-SSIM) + 0.16 Charbonnier.",
+    lr: float = setting(1e-3, "Peak learning rate of AdamW.", panel="Training", gt=0)
+    loss: Literal["relative-mse", "charbonnier-fft", "msssim-charbonnier"] = setting(
+        "relative-mse",
+        "relative-mse: squared error as a share of the input's; charbonnier-fft: Charbonnier + spectrum; "
+        "msssim-charbonnier: the original's 0.84 (1 - MS-SSIM) + 0.16 Charbonnier.",
         panel="Training",
     )
 
