@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from imgtool import checkpoint, engines, files
+from imgtool.console import plain
 from imgtool.engine import Engine, Subject, Timing, Watch
 from imgtool.errors import DONE, FAILED, ImgtoolError
 from imgtool.settings import Bench, make
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from imgtool.console import Console
 
 
+PAGE = "bench.json"
+
+
 def plan(engine: Engine, settings: Bench) -> Mapping[str, object]:
     """Return what ``--dry-run`` tells."""
     weights = checkpoint.find(settings.weights or engine.weights)
@@ -37,6 +41,9 @@ def plan(engine: Engine, settings: Bench) -> Mapping[str, object]:
 
 def run(engine: Engine, settings: Bench, console: Console) -> int:
     """Measure, print tables and one JSON object; 1 where a stated limit is missed."""
+    page = settings.report / PAGE if settings.report else None
+    if page and page.exists():
+        raise ImgtoolError(f"{page} exists", "name another folder by --report")
     report = engine.bench(settings, Lab(engine, settings, console))
     record = {
         "engine": engine.name,
@@ -45,10 +52,9 @@ def run(engine: Engine, settings: Bench, console: Console) -> int:
         "figures": dict(report.figures),
         "budgets": [asdict(budget) | {"pass": budget.passed} for budget in report.budgets],
     }
-    if settings.report:
-        settings.report.mkdir(parents=True, exist_ok=True)
-        files.write(settings.report / "bench.json", json.dumps(record, indent=2, default=str).encode())
-        console.say(f"report: {settings.report}")
+    if page:
+        files.write(page, json.dumps(plain(record), indent=2).encode())
+        console.say(f"report: {page.parent}")
     for table in report.tables:
         console.table(table.title, table.columns, table.rows)
     limits = [
@@ -100,11 +106,20 @@ class Lab:
         """Return the network under test, in evaluation mode, on the CPU."""
         return checkpoint.network(self.engine, self.weights)
 
-    def measure(self, subjects: Sequence[Subject]) -> dict[str, Timing]:
-        """Time subjects in turn, each round in a fresh process, and keep the best of all rounds."""
+    def measure(self, subjects: Sequence[Subject], runs: int = 0) -> dict[str, Timing]:
+        """Time subjects in turn, each round in a fresh process, and keep the best of all rounds.
+
+        Args:
+            subjects: What to time.
+            runs: Rounds; 0 as many as the settings say.
+
+        Raises:
+            ImgtoolError: A subject could not be measured.
+        """
+        rounds = runs or self.settings.runs
         found: dict[str, list[Timing]] = {}
-        with self.console.progress(len(subjects) * self.settings.runs, "bench") as bar:
-            for _ in range(self.settings.runs):
+        with self.console.progress(len(subjects) * rounds, "bench") as bar:
+            for _ in range(rounds):
                 for subject in subjects:
                     bar.update(subject.name)
                     found.setdefault(subject.name, []).append(self._once(subject))
@@ -123,11 +138,20 @@ class Lab:
             env=os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"},
             check=False,
         )
-        if child.returncode:
-            last = (child.stderr.strip().splitlines() or [f"killed by signal {-child.returncode}"])[-1]
-            hint = "a process that needs more memory than there is gets killed: try a smaller picture"
-            raise ImgtoolError(f"measuring {subject.name} failed: {last}", hint)
-        return Timing(**json.loads(child.stdout.splitlines()[-1]))
+        return _outcome(subject.name, child)
+
+
+def _outcome(name: str, child: subprocess.CompletedProcess[str]) -> Timing:
+    """Return what the process measured, or raise what stopped it."""
+    if child.returncode < 0:
+        hint = "a process that needs more memory than there is gets killed: try a smaller picture"
+        raise ImgtoolError(f"measuring {name} was killed by signal {-child.returncode}", hint)
+    if child.returncode:  # a bug, so all of it is shown
+        raise RuntimeError(f"measuring {name} failed:\n{child.stderr}")
+    answer = json.loads(child.stdout.splitlines()[-1])
+    if "error" in answer:
+        raise ImgtoolError(f"measuring {name}: {answer['error']}", answer["hint"])
+    return Timing(**answer)
 
 
 def _best(timings: Sequence[Timing]) -> Timing:
@@ -187,5 +211,13 @@ def _work(engine: Engine, image: Any, order: Mapping[str, Any]) -> Callable[[], 
     return lambda: engine.apply(net, image, infer, Watch())
 
 
+def answer(order: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what was measured, or the error that the user should read."""
+    try:
+        return dict(child(order))
+    except ImgtoolError as fault:
+        return {"error": fault.what, "hint": fault.hint}
+
+
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(child(json.loads(sys.stdin.read()))) + "\n")
+    sys.stdout.write(json.dumps(answer(json.loads(sys.stdin.read()))) + "\n")

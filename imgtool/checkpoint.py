@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 import imgtool
 from imgtool.engine import Engine
 from imgtool.errors import USAGE, ImgtoolError
-from imgtool.files import atomic, write
+from imgtool.files import read, unreadable, write
 from imgtool.settings import Settings, did_you_mean, make
 
 SHIPPED = Path(__file__).with_name("weights")
@@ -73,6 +74,22 @@ def save_weights(
     write(path, serialise(tensors, metadata={"imgtool": json.dumps(header)}))
 
 
+def ship(source: Path, target: Path, engine: Engine, about: Mapping[str, Any]) -> None:
+    """Make weights ready to be handed on: float16, with ``about`` (data, licence, ...) in the header.
+
+    Args:
+        source: Weights of a run.
+        target: The file to write.
+        engine: The engine they are of.
+        about: Laid over what the header says.
+    """
+    weights = read_weights(source, engine.name)
+    fixed = ("format", "engine", "model", "imgtool")
+    told = {name: value for name, value in weights.header.items() if name not in fixed}
+    settings = make(engine.model, weights.model, f"weights {weights.name}")
+    save_weights(target, engine, settings, weights.state, told | dict(about), half=True)
+
+
 def shipped() -> list[str]:
     """Return the names of the weights that ship with the package."""
     return sorted(path.stem for path in SHIPPED.glob("*.safetensors"))
@@ -109,10 +126,8 @@ def read_weights(path: Path, engine: str) -> Weights:
             "give a .safetensors file made by imgtool train",
         ) from None
     except OSError as fault:
-        raise ImgtoolError(
-            f"cannot read {path}: {fault.strerror}", "check the path and its permissions"
-        ) from None
-    if header.get("format") != FORMAT:
+        raise unreadable(path, fault) from None
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise ImgtoolError(
             f"{path} was not written by imgtool", "give a .safetensors file made by imgtool train"
         )
@@ -150,13 +165,22 @@ def load_state(net: nn.Module, weights: Weights) -> None:
 
 
 def save_state(path: Path, state: Mapping[str, Any]) -> None:
-    """Write the state of a run, whole or not at all."""
-    with atomic(path) as temporary:
-        torch.save(dict(state), temporary)
+    """Write the state of a run, whole or not at all.
+
+    Raises:
+        ImgtoolError: As ``files.write``: the disk is full, ...
+    """
+    buffer = io.BytesIO()  # writing itself, torch would turn a full disk into a fault without a number
+    torch.save(dict(state), buffer)
+    write(path, buffer.getvalue())
 
 
-def read_state(path: Path) -> dict[str, Any]:
+def read_state(path: Path, names: Iterable[str]) -> dict[str, Any]:
     """Read the state of a run without running code from it.
+
+    Args:
+        path: The file.
+        names: What the state must hold.
 
     Raises:
         ImgtoolError: Code 2, when there is none; code 1, when it is damaged.
@@ -165,8 +189,13 @@ def read_state(path: Path) -> dict[str, Any]:
         raise ImgtoolError(
             f"no run to resume in {path.parent}", f"{path.name} is missing: name the folder of a run", USAGE
         )
+    data = read(path)
     try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        state: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        lacking = [name for name in names if name not in state]
     except Exception as fault:  # noqa: BLE001 - torch raises whatever the unpickler met
-        raise ImgtoolError(f"{path} is damaged: {fault}".splitlines()[0], "start the run again") from None
+        reason = (str(fault).splitlines() or [type(fault).__name__])[0]
+        raise ImgtoolError(f"{path} is damaged: {reason}", "start the run again") from None
+    if lacking:
+        raise ImgtoolError(f"{path} is no state of a run: it lacks {lacking[0]}", "start the run again")
     return state

@@ -22,8 +22,8 @@ def device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         chosen = torch.device(name)
-        torch.empty(1, device=chosen)
-    except (RuntimeError, AssertionError, NotImplementedError):
+        torch.empty(1, device=chosen).tolist()  # the device "meta" is always there, but holds nothing
+    except (RuntimeError, AssertionError, ImportError):
         raise ImgtoolError(f"no device {name} here", "take --device auto or cpu", USAGE) from None
     return chosen
 
@@ -53,11 +53,15 @@ def channels_last(net: nn.Module) -> nn.Module:
     return net.to(memory_format=torch.channels_last)  # type: ignore[no-any-return, call-overload]
 
 
+_NO_MEMORY = ("can't allocate memory", "out of memory", "bad_alloc")
+"""What PyTorch says on the CPU, on Apple's GPU, and where it passes on what C++ says."""
+
+
 def out_of_memory(fault: BaseException) -> bool:
     """Tell whether an exception means that memory ran out, on a GPU or on the CPU."""
     if isinstance(fault, MemoryError | torch.OutOfMemoryError):
         return True
-    return isinstance(fault, RuntimeError) and "can't allocate memory" in str(fault)
+    return isinstance(fault, RuntimeError) and any(words in str(fault) for words in _NO_MEMORY)
 
 
 def torchvision() -> ModuleType:

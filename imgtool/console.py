@@ -134,16 +134,20 @@ class Console:
             drawn.add_row(*(Text(str(cell)) for cell in row))
         RichConsole(stderr=self._results_to_stderr).print(drawn)
 
+    def check_binary(self) -> None:
+        """Raise ``ImgtoolError`` (code 2) where standard output is a terminal, which shows no image."""
+        if sys.stdout.isatty():
+            raise ImgtoolError(
+                "an image cannot be shown on a terminal", "redirect it (> photo.png) or give -o FILE", USAGE
+            )
+
     def binary(self, data: bytes) -> None:
         """Write bytes to standard output; later results go to standard error, not into the bytes.
 
         Raises:
             ImgtoolError: Code 2, where standard output is a terminal.
         """
-        if sys.stdout.isatty():
-            raise ImgtoolError(
-                "an image cannot be shown on a terminal", "redirect it (> photo.png) or give -o FILE", USAGE
-            )
+        self.check_binary()
         self._results_to_stderr = True
         sys.stdout.buffer.write(data)
         sys.stdout.buffer.flush()

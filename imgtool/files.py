@@ -323,7 +323,7 @@ def outputs(
 
     Raises:
         ImgtoolError: Code 2: a file or standard output for many inputs, two inputs with the same
-            output, or an output that is an input.
+            output, or an output that is an input. Code 1: a place that cannot be looked at.
     """
     if out == "":
         raise ImgtoolError("-o is empty", "give a file, a folder or - for standard output", USAGE)
@@ -331,7 +331,10 @@ def outputs(
         raise ImgtoolError(
             f"standard output takes one photo, not {len(items)}", "give a folder: -o DIR/", USAGE
         )
-    folder = out not in (None, "-") and _is_folder(items, str(out))
-    places = [_place(item, engine, out, folder, extension(item)) for item in items]
-    _refuse_clashes(items, places)
+    try:
+        folder = out not in (None, "-") and _is_folder(items, str(out))
+        places = [_place(item, engine, out, folder, extension(item)) for item in items]
+        _refuse_clashes(items, places)
+    except OSError as fault:  # a folder that may not be looked into, a name that is too long
+        raise _unwritable(Path(str(fault.filename)), fault) from None
     return places

@@ -23,6 +23,7 @@ PAGE = "index.html"
 
 
 def _listed(engine: Engine, settings: Infer) -> list[tuple[files.Item, Path | None]]:
+    """Return every input and its output, None for standard output."""
     items = files.expand(settings.inputs, images.READABLE, engine.name)
     targets = files.outputs(
         items, engine.name, settings.out, lambda item: settings.format or images.extension(item.source)
@@ -65,27 +66,34 @@ def run(engine: Engine, settings: Infer, console: Console) -> int:
         ImgtoolError: For what concerns all inputs: nothing found, unknown weights or device.
     """
     pairs = _listed(engine, settings)
+    _check_stream(pairs, console)
     page = settings.report / PAGE if settings.report else None
     if page:
         files.check_new(page, settings.force or settings.skip_existing)
     compute.use_threads(settings.threads)
     batch = Batch(engine, settings, console, _weights(engine, settings))
-    with console.progress(len(pairs), f"infer {engine.name}") as bar:
-        for number, (item, target) in enumerate(pairs, 1):
-            batch.work(item, target, bar, f"{number}/{len(pairs)}")
-            bar.advance(1)
-            if batch.failures and settings.fail_fast:
-                break
-    if page:
-        about = {
-            "engine": engine.name,
-            "weights": batch.weights.name,
-            "photos": len(pairs),
-            "failed": len(batch.failures),
-        }
-        report.page(batch.entries, page, title=f"imgtool infer {engine.name}", about=about)
-        console.say(f"report: {page}")
+    try:
+        with console.progress(len(pairs), f"infer {engine.name}") as bar:
+            for number, (item, target) in enumerate(pairs, 1):
+                batch.work(item, target, bar, f"{number}/{len(pairs)}")
+                bar.advance(1)
+                if batch.failures and settings.fail_fast:
+                    break
+    finally:  # a batch that is interrupted has its page too, of what was done
+        if page and batch.entries:
+            batch.write_page(page, len(pairs))
     return batch.verdict(len(pairs))
+
+
+def _check_stream(pairs: list[tuple[files.Item, Path | None]], console: Console) -> None:
+    """Refuse, before anything is computed, a photo on standard output that nobody could use there."""
+    if all(target for _, target in pairs):
+        return
+    console.check_binary()
+    if console.json:
+        raise ImgtoolError(
+            "standard output cannot take both the photo and JSON", "give -o FILE, or leave out --json", USAGE
+        )
 
 
 @dataclass
@@ -110,11 +118,16 @@ class Batch:
         try:
             self._one(item, target, bar)
         except ImgtoolError as fault:
-            self.failures.append((item.name, fault))
-            self.console.error(fault, "" if item.name in fault.what else item.name)
-            self.console.result({"input": item.name, "error": fault.what, "hint": fault.hint})
-            if self.settings.report:
-                self.entries.append(report.failed(item.name, fault.what, fault.hint))
+            self._failed(item, fault)
+        except MemoryError:
+            self._failed(item, ImgtoolError("out of memory", "close other programs, or shrink the photo"))
+
+    def _failed(self, item: files.Item, fault: ImgtoolError) -> None:
+        self.failures.append((item.name, fault))
+        self.console.error(fault, "" if item.name in fault.what else item.name)
+        self.console.result({"input": item.name, "error": fault.what, "hint": fault.hint})
+        if self.settings.report:
+            self.entries.append(report.failed(item.name, fault.what, fault.hint))
 
     def _network(self) -> nn.Module:
         if self.net is None:
@@ -162,7 +175,6 @@ class Batch:
         if target is None:
             self.console.binary(images.encode(photo, form, self.settings.quality))
         else:
-            target.parent.mkdir(parents=True, exist_ok=True)
             images.write(target, photo, self.settings.quality, form)
 
     def _picture(self, item: files.Item, target: Path | None, photo: images.Photo, result: Result) -> None:
@@ -174,6 +186,14 @@ class Batch:
                 report.entry(item.name, photo.pixels, result.image, result.facts, icc=photo.icc or b"")
             )
 
+    def write_page(self, page: Path, total: int) -> None:
+        """Write the page of the report, of what was done and what failed."""
+        about: dict[str, object] = {"engine": self.engine.name, "weights": self.weights.name}
+        if len(self.entries) < total:
+            about["not done, or left out"] = total - len(self.entries)
+        report.page(self.entries, page, title=f"imgtool infer {self.engine.name}", about=about)
+        self.console.say(f"report: {page}")
+
     def verdict(self, total: int) -> int:
         """Say what failed, all together at the end of a batch, and return the exit code."""
         if not self.failures:
@@ -182,7 +202,7 @@ class Batch:
             return self.failures[0][1].code
         self.console.say(f"{len(self.failures)} of {total} failed:")
         for name, fault in self.failures:
-            self.console.say(f"  {name}: {fault.what}")
+            self.console.say(f"  {fault.what}" if name in fault.what else f"  {name}: {fault.what}")
         return FAILED
 
 

@@ -70,6 +70,16 @@ def clamp_straight_through(x: Tensor) -> Tensor:
     return clamped
 
 
+def check_ms_ssim(side: int) -> None:
+    """Raise ``ImgtoolError`` (code 2) where crops are too small for MS-SSIM."""
+    if side < MS_SSIM_SMALLEST:
+        raise ImgtoolError(
+            f"MS-SSIM needs crops of at least {MS_SSIM_SMALLEST} pixels, not {side}",
+            "take larger crops (--crop 176), or another --loss",
+            USAGE,
+        )
+
+
 def ms_ssim_loss(output: Tensor, target: Tensor) -> Tensor:
     """Return 1 - MS-SSIM (Wang, Simoncelli and Bovik, 2003) of images clamped to 0..1.
 
@@ -78,12 +88,7 @@ def ms_ssim_loss(output: Tensor, target: Tensor) -> Tensor:
     Raises:
         ImgtoolError: Code 2, when a side is under 161 pixels, which five scales do not allow.
     """
-    if min(output.shape[-2:]) < MS_SSIM_SMALLEST:
-        raise ImgtoolError(
-            f"MS-SSIM needs crops of at least {MS_SSIM_SMALLEST} pixels, not {min(output.shape[-2:])}",
-            "raise --crop to 176 or more, or take --loss charbonnier-fft",
-            USAGE,
-        )
+    check_ms_ssim(min(output.shape[-2:]))
     with torch.autocast(output.device.type, enabled=False):
         similarity: Tensor = ms_ssim(clamp_straight_through(output.float()), target.float(), data_range=1.0)
     return 1 - similarity

@@ -14,27 +14,33 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from imgtool import checkpoint, compute, files, plots, sheets
-from imgtool.engine import Engine
+from imgtool.console import plain
+from imgtool.engine import Engine, Examples
 from imgtool.errors import DONE, USAGE, ImgtoolError
-from imgtool.settings import Train, table, to_toml
+from imgtool.settings import Train, make, table, to_toml
 
 if TYPE_CHECKING:
     from types import FrameType
 
-    from imgtool.console import Console
+    from imgtool.console import Bar, Console
 
 STATE = "last.pt"
 SETTINGS = "settings.toml"
 LOG = "log.jsonl"
+BEST = "best.safetensors"
+COUNTERS = ("step", "seconds", "bad", "skipped", "stale", "best", "sums")
+STATES = ("net", "ema", "optimiser", "scaler", "random", *COUNTERS)
+"""What the state of a run holds."""
 
 
 def learning_rate(step: int, settings: Train) -> float:
@@ -57,7 +63,11 @@ def run_folder(engine: Engine, settings: Train) -> Path:
 
 
 def resumed(engine: Engine, settings: Train) -> Train:
-    """Return the settings of the run to resume, with what was given now laid over them."""
+    """Return the settings of the run to resume, with what was given now laid over them.
+
+    Raises:
+        ImgtoolError: Code 2, where the folder holds no run of this engine.
+    """
     if not settings.resume:
         return settings
     path = settings.resume / SETTINGS
@@ -65,8 +75,15 @@ def resumed(engine: Engine, settings: Train) -> Train:
         raise ImgtoolError(
             f"no run to resume in {settings.resume}", f"{SETTINGS} is missing: name a run's folder", USAGE
         )
+    before = table(path, "train", engine.name)
+    if not before:
+        raise ImgtoolError(
+            f"the run in {settings.resume} is not of the {engine.name} engine",
+            f"{SETTINGS} there names its engine",
+            USAGE,
+        )
     given = {name: getattr(settings, name) for name in settings.model_fields_set}
-    return type(settings).model_validate(table(path, "train", engine.name) | given)
+    return make(type(settings), before | given, str(path))
 
 
 def plan(engine: Engine, settings: Train) -> Mapping[str, object]:
@@ -88,7 +105,8 @@ def run(engine: Engine, settings: Train, console: Console) -> int:
     """Train; the run folder then holds settings, log, weights, pictures and the state to resume.
 
     Raises:
-        ImgtoolError: For data that cannot be used, or a run whose loss is not finite any more.
+        ImgtoolError: For data that cannot be used, memory or a disk that does not do, or a run
+            whose loss is not finite any more.
         KeyboardInterrupt: After the state was saved.
     """
     settings = resumed(engine, settings)
@@ -124,13 +142,15 @@ class Loop:
             self.net.parameters(), settings.lr, weight_decay=settings.weight_decay
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.autocast == torch.float16)
+        _check_freeze(self.net, settings.freeze)
         self.train, self.held_out = engine.data(settings)
         self.step, self.seconds, self.bad, self.skipped, self.stale = 0, 0.0, 0, 0, 0
         self.best: dict[str, Any] = {}
         self.sums: dict[str, float] = {}
+        self.began = time.monotonic()
         self.interrupted = False
         if settings.resume:
-            self._take_up(checkpoint.read_state(folder / STATE))
+            self._take_up(checkpoint.read_state(folder / STATE, STATES))
 
     # --- state ---
 
@@ -140,64 +160,82 @@ class Loop:
         self.optimiser.load_state_dict(state["optimiser"])
         self.scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["random"])
-        for name in ("step", "seconds", "bad", "skipped", "stale", "best", "sums"):
+        for name in COUNTERS:
             setattr(self, name, state[name])
-        log = self.folder / LOG
-        if log.exists():
-            kept = [row for row in log.read_text().splitlines() if json.loads(row)["step"] <= self.step]
-            files.write(log, "".join(row + "\n" for row in kept).encode())
         self.console.say(f"resuming {self.folder} at step {self.step} of {self.settings.steps}")
 
     def _save(self) -> None:
+        self._clock()
         state = {
             "net": self.net.state_dict(),
             "ema": self.ema.state_dict(),
             "optimiser": self.optimiser.state_dict(),
             "scaler": self.scaler.state_dict(),
             "random": torch.get_rng_state(),
-        } | {
-            name: getattr(self, name)
-            for name in ("step", "seconds", "bad", "skipped", "stale", "best", "sums")
-        }
+        } | {name: getattr(self, name) for name in COUNTERS}
         checkpoint.save_state(self.folder / STATE, state)
+
+    def _rows(self) -> list[dict[str, Any]]:
+        """Return the log up to this step: a run that was killed may have written more than it saved."""
+        log = self.folder / LOG
+        rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+        return [row for row in rows if row["step"] <= self.step]
+
+    def _write_log(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        text = "".join(json.dumps(plain(row), allow_nan=False) + "\n" for row in rows)
+        files.write(self.folder / LOG, text.encode())
+
+    def _clock(self) -> None:
+        """Add the time since it was last called to what the run has taken."""
+        now = time.monotonic()
+        self.seconds += now - self.began
+        self.began = now
 
     # --- the loop ---
 
     def go(self) -> None:
         """Run to the last step, to the early stop, or to the interrupt."""
-        files.write(self.folder / SETTINGS, to_toml(self.settings, "train", self.engine.name).encode())
+        record = self.settings.changed(resume=None)  # with --config it repeats the run, from its start
+        files.write(self.folder / SETTINGS, to_toml(record, "train", self.engine.name).encode())
+        self._write_log(self._rows())
         parameters = sum(p.numel() for p in self.net.parameters())
         self.console.say(
             f"training {self.engine.name}: {parameters:,} parameters on {self.device}, into {self.folder}"
         )
         with (
             _signals(self),
+            _explained(),
             self.console.progress(self.settings.steps, f"train {self.engine.name}") as progress,
         ):
             progress.advance(self.step)
-            began = time.monotonic()
+            self.began = time.monotonic()
             for batch in self._batches():
                 self._learn(batch)
                 progress.advance(1)
-                ended = self.step % self.settings.epoch_steps == 0 or self.step == self.settings.steps
-                if ended:
-                    self.seconds += time.monotonic() - began
-                    began = time.monotonic()
-                    progress.update(self._end_epoch())
-                if ended or self.step % self.settings.save_every == 0 or self.interrupted:
-                    self._save()
-                if self.interrupted:
-                    self.console.say(f"stopped at step {self.step}; go on with --resume {self.folder}")
-                    raise KeyboardInterrupt
-                if ended and self.settings.patience and self.stale >= self.settings.patience:
-                    self.console.say(f"no better {self.engine.best} for {self.stale} epochs: stopping early")
+                if self._after_step(progress):
                     break
         self._finish()
+
+    def _after_step(self, progress: Bar) -> bool:
+        """Validate and save where it is time to; tell whether to stop early."""
+        settings = self.settings
+        ended = self.step % settings.epoch_steps == 0 or self.step == settings.steps
+        if ended:
+            progress.update(self._end_epoch())
+        if ended or self.step % settings.save_every == 0 or self.interrupted:
+            self._save()
+        if self.interrupted:
+            self.console.say(f"stopped at step {self.step}; go on with --resume {self.folder}")
+            raise KeyboardInterrupt
+        stop = ended and 0 < settings.patience <= self.stale
+        if stop:
+            self.console.say(f"no better {self.engine.best} for {self.stale} epochs: stopping early")
+        return stop
 
     def _batches(self) -> Iterator[Any]:
         size = self.settings.batch
         numbers = [range(s * size, (s + 1) * size) for s in range(self.step, self.settings.steps)]
-        yield from _loader(self.train, numbers, self.settings.workers)
+        yield from _load(self.train, numbers, self.settings.workers)
 
     def _freeze(self) -> None:
         prefix, epoch = self.settings.freeze, self.step // self.settings.epoch_steps
@@ -232,9 +270,11 @@ class Loop:
         self.bad += 1
         self.skipped += 1
         if self.bad >= self.settings.max_bad_steps:
+            row, self.bad = self.bad, 0
+            self._save()  # no step was taken since the last good one
             raise ImgtoolError(
-                f"loss or gradient not finite for {self.bad} steps in a row, up to step {self.step}",
-                "lower --lr, or take --precision fp32; the last good state is in the run folder",
+                f"loss or gradient not finite for {row} steps in a row, up to step {self.step}",
+                f"go on from the last good weights with a lower --lr: --resume {self.folder}",
             )
 
     def _average(self) -> None:
@@ -252,6 +292,7 @@ class Loop:
 
     def _end_epoch(self) -> str:
         scores, pictures = self._validate()
+        self._clock()
         steps = max(self.sums.pop("", 0.0), 1.0)
         means = {name: value / steps for name, value in self.sums.items()}
         self.sums = {}
@@ -266,8 +307,7 @@ class Loop:
             "seconds": self.seconds,
             "skipped": self.skipped,
         }
-        with (self.folder / LOG).open("a") as log:
-            log.write(json.dumps(row) + "\n")
+        self._write_log([*self._rows(), row])
         self._judge(row)
         self._draw(epoch, pictures)
         text = f"epoch {epoch}  step {self.step}  loss {row['loss']:.5f}  " + "  ".join(
@@ -283,7 +323,7 @@ class Loop:
         pictures: Mapping[str, Tensor] = {}
         total, size = len(self.held_out), max(min(self.settings.batch, 8), 1)
         numbers = [range(start, min(start + size, total)) for start in range(0, total, size)]
-        for batch in _loader(self.held_out, numbers, 0):
+        for batch in _load(self.held_out, numbers, 0):
             batch = _to(batch, self.device)
             for name, score in self.engine.score(self.ema, batch).items():
                 values.setdefault(name, []).append(score.cpu().double())
@@ -293,22 +333,22 @@ class Loop:
     def _judge(self, row: Mapping[str, Any]) -> None:
         value = row["scores"][self.engine.best]
         before = self.best.get("scores", {}).get(self.engine.best)
-        better = before is None or (value > before if self.engine.higher_is_better else value < before)
+        sign = 1 if self.engine.higher_is_better else -1
+        better = math.isfinite(value) and (before is None or sign * value > sign * before)
         self.stale = 0 if better else self.stale + 1
-        if better and math.isfinite(value):
+        if better:
             self.best = {"epoch": row["epoch"], "step": row["step"], "scores": row["scores"]}
             about = {
                 "scores": row["scores"],
                 "step": row["step"],
-                "train": json.loads(self.settings.model_dump_json()),
+                "train": portable(self.settings),
             }
             checkpoint.save_weights(
-                self.folder / "best.safetensors", self.engine, self.settings, self.ema.state_dict(), about
+                self.folder / BEST, self.engine, self.settings, self.ema.state_dict(), about
             )
 
     def _draw(self, epoch: int, pictures: Mapping[str, Tensor]) -> None:
-        rows = [json.loads(line) for line in (self.folder / LOG).read_text().splitlines()]
-        plots.curves(rows, self.folder / "curves.png", title=f"{self.engine.name} {self.folder.name}")
+        plots.curves(self._rows(), self.folder / "curves.png", title=f"{self.engine.name} {self.folder.name}")
         images = {
             name: value.permute(0, 2, 3, 1).float().clamp(0, 1).numpy() for name, value in pictures.items()
         }
@@ -318,7 +358,7 @@ class Loop:
         last = {
             "best": self.best,
             "folder": str(self.folder),
-            "weights": str(self.folder / "best.safetensors"),
+            "weights": str(self.folder / BEST) if self.best else None,
         }
         if self.skipped:
             self.console.warn(f"{self.skipped} steps were skipped: their loss or gradient was not finite")
@@ -326,22 +366,92 @@ class Loop:
         self.console.result(last, f"best: {scores}\nweights: {last['weights']}")
 
 
-def _loader(examples: Any, numbers: Sequence[Sequence[int]], workers: int) -> DataLoader[Any]:
-    dataset: Dataset[Any] = examples
-    return DataLoader(
-        dataset,
+def portable(settings: Train) -> dict[str, Any]:
+    """Return settings as plain values for a weights file: of paths only the last name, nobody's folders."""
+
+    def short(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return [short(each) for each in value]
+        return value.name if isinstance(value, Path) else value
+
+    return {name: short(value) for name, value in settings.model_dump().items()}
+
+
+def _check_freeze(net: nn.Module, prefix: str) -> None:
+    """Refuse a prefix that freezes nothing, which a typing error would, or everything."""
+    frozen = [name.startswith(prefix) for name, _ in net.named_parameters()]
+    if prefix and (all(frozen) or not any(frozen)):
+        known = sorted({name.partition(".")[0] for name, _ in net.named_parameters()})
+        raise ImgtoolError(
+            f"--freeze {prefix} fits {'every' if all(frozen) else 'no'} parameter",
+            "their names begin with: " + ", ".join(known),
+            USAGE,
+        )
+
+
+class _Guarded(Dataset[Any]):
+    """Hands a user's fault on as a sample: torch would remake it from the text of its traceback."""
+
+    def __init__(self, examples: Examples) -> None:
+        self.examples = examples
+
+    def __getitem__(self, number: int) -> Any:
+        try:
+            return self.examples[number]
+        except ImgtoolError as fault:
+            return fault
+
+
+def _collate(samples: Sequence[Any]) -> Any:
+    faults = [sample for sample in samples if isinstance(sample, ImgtoolError)]
+    return faults[0] if faults else default_collate(list(samples))
+
+
+def _load(examples: Examples, numbers: Sequence[Sequence[int]], workers: int) -> Iterator[Any]:
+    """Yield the batches of the given sample numbers, in their order.
+
+    Raises:
+        ImgtoolError: As the data set raised it, also from another process.
+    """
+    loader = DataLoader(
+        _Guarded(examples),
         batch_sampler=[list(batch) for batch in numbers],
         num_workers=workers,
+        collate_fn=_collate,
         worker_init_fn=_start_worker if workers else None,
         prefetch_factor=4 if workers else None,
         pin_memory=torch.cuda.is_available(),
+        # Else each loader, and so each resume, would draw from the run's own random numbers.
+        generator=torch.Generator(),
     )
+    for batch in loader:
+        if isinstance(batch, ImgtoolError):
+            raise batch
+        yield batch
 
 
 def _start_worker(number: int) -> None:
-    """Leave interrupts to the main process, and one core to each worker."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Leave signals to the main process, which may still need its data, and one core to each worker."""
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
     torch.set_num_threads(1)
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Turn what torch says of memory and of lost processes into errors that advise."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as fault:
+        if compute.out_of_memory(fault):
+            raise ImgtoolError(
+                "out of memory while training", "lower --batch, or make samples smaller"
+            ) from None
+        if "DataLoader worker" in str(fault):
+            raise ImgtoolError(
+                "a process that prepares data was killed, perhaps for its memory", "lower --workers"
+            ) from None
+        raise
 
 
 def _to(batch: Any, device: torch.device) -> Any:

@@ -162,7 +162,7 @@ def shake_poses(image: Image, rng: np.random.Generator, length: float, poses: in
 
 # --- one sample ------------------------------------------------------------------------------
 
-KINDS = {"shake": 0.36, "steps": 0.14, "linear": 0.16, "rotation": 0.10, "object": 0.16, "defocus": 0.08}
+KINDS = {"shake": 0.28, "steps": 0.16, "linear": 0.28, "rotation": 0.08, "object": 0.15, "defocus": 0.05}
 """Share of each kind of blur among the samples that are blurred."""
 
 
@@ -223,23 +223,40 @@ def noisy(linear: Image, rng: np.random.Generator, shot: float, read: float) -> 
     return out
 
 
+@dataclass(frozen=True)
+class Severity:
+    """How hard pictures are treated.
+
+    Attributes:
+        untouched: Share to which nothing is done at all.
+        shortest: Least extent of the blur, in pixels.
+        longest: Largest extent of the blur, in pixels; extents are drawn evenly on a log scale.
+        noisy: Share of the blurred pictures that get noise; 0.6 of it get JPEG.
+    """
+
+    untouched: float = 0.1
+    shortest: float = 2.0
+    longest: float = 26.0
+    noisy: float = 0.5
+
+
 def degrade(
-    sharp: npt.NDArray[Any], rng: np.random.Generator, untouched: float = 0.1
+    sharp: npt.NDArray[Any], rng: np.random.Generator, severity: Severity = Severity()
 ) -> tuple[npt.NDArray[Any], Recipe]:
     """Blur a sharp 8-bit sRGB picture as a camera would have.
 
     Args:
         sharp: ``(H, W, 3)`` uint8; at least ``MARGIN`` pixels around the part that will be used.
         rng: Source of all that is random.
-        untouched: Probability that nothing is done at all.
+        severity: How hard it is treated.
 
     Returns:
         The degraded picture, same shape and type, and what was done.
     """
-    if rng.random() < untouched:
+    if rng.random() < severity.untouched:
         return sharp, Recipe("none")
     kind = str(rng.choice(list(KINDS), p=list(KINDS.values())))
-    length = float(np.exp(rng.uniform(np.log(2), np.log(26))))
+    length = float(np.exp(rng.uniform(np.log(severity.shortest), np.log(severity.longest))))
     linear = bool(rng.random() < 0.6)
     light = to_linear(sharp) if linear else sharp.astype(np.float32) / 255
     gain = float(rng.uniform(0.25, 1.75)) if linear and rng.random() < 0.5 else 0.0
@@ -247,7 +264,7 @@ def degrade(
         light = light + gain * (cv2.GaussianBlur((sharp >= 254).astype(np.float32), (3, 3), 0))
     blurred = blur_light(light, rng, kind, length)
     shot, read, quality = 0.0, 0.0, 0
-    if rng.random() < 0.5:
+    if rng.random() < severity.noisy:
         shot = float(np.exp(rng.uniform(np.log(3e-6), np.log(1e-3))))
         read = shot * shot * float(rng.uniform(0.1, 3.0))
         if not linear:
@@ -256,7 +273,7 @@ def degrade(
     elif linear:
         blurred = to_srgb(blurred)
     out = np.rint(np.clip(blurred, 0, 1) * 255).astype(np.uint8)
-    if rng.random() < 0.3:
+    if rng.random() < 0.6 * severity.noisy:
         quality = int(rng.integers(75, 98))
         out = _jpeg(out, quality)
     return out, Recipe(kind, length, linear, gain, shot, read, quality)

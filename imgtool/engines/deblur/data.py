@@ -25,11 +25,18 @@ from imgtool.errors import USAGE, ImgtoolError
 from imgtool.images import READABLE, read_rgb8
 
 if TYPE_CHECKING:
-    from imgtool.engines.deblur.settings import Train
+    from imgtool.engines.deblur.settings import Severity, Train
 
 Picture = npt.NDArray[Any]
 VALIDATION_SEED = 20_000_003
 CACHE_BYTES = 1_500_000_000
+"""Memory for decoded pictures, of all worker processes together."""
+MOST_SHRUNK = 4
+"""Most times that a crop of a photograph is shrunk."""
+LONGEST = 13
+"""Most frames in a run that is averaged."""
+HALVES = (3, 4, 5, 6)
+"""Frames on either side of a run's centre: runs have 7, 9, 11 or 13."""
 
 
 class Pair(NamedTuple):
@@ -56,16 +63,25 @@ class Decoded:
 
     def __init__(self, budget: int = CACHE_BYTES) -> None:
         """Hold up to ``budget`` bytes."""
-        self._held: OrderedDict[Path, Picture] = OrderedDict()
+        self._held: OrderedDict[tuple[Path, int], Picture] = OrderedDict()
         self._budget, self._bytes = budget, 0
 
-    def __call__(self, path: Path) -> Picture:
-        """Return the picture ``(H, W, 3)``, from memory where it is held."""
-        if path in self._held:
-            self._held.move_to_end(path)
-            return self._held[path]
-        picture = read_rgb8(path)
-        self._held[path] = picture
+    def __reduce__(self) -> tuple[type[Decoded], tuple[int]]:
+        """Come empty to a worker process."""
+        return Decoded, (self._budget,)
+
+    def __call__(self, path: Path, least: int = 0) -> Picture:
+        """Return the picture ``(H, W, 3)``, from memory where it is held.
+
+        Args:
+            path: The file.
+            least: Length that the shorter side must keep, as for ``read_rgb8``.
+        """
+        if (path, least) in self._held:
+            self._held.move_to_end((path, least))
+            return self._held[path, least]
+        picture = read_rgb8(path, least)
+        self._held[path, least] = picture
         self._bytes += picture.nbytes
         while self._bytes > self._budget and len(self._held) > 1:
             self._bytes -= self._held.popitem(last=False)[1].nbytes
@@ -91,12 +107,35 @@ def cut(picture: Picture, top: int, left: int, size: int) -> Picture:
     return np.ascontiguousarray(part)
 
 
+def severity(settings: Severity) -> blur.Severity:
+    """Return how hard photographs are treated, as the settings say.
+
+    Raises:
+        ImgtoolError: Code 2, where the least extent of blur is above the largest.
+    """
+    if settings.shortest_blur > settings.longest_blur:
+        raise ImgtoolError(
+            f"--shortest-blur {settings.shortest_blur:g} is above --longest-blur {settings.longest_blur:g}",
+            "raise --longest-blur",
+            USAGE,
+        )
+    return blur.Severity(settings.untouched, settings.shortest_blur, settings.longest_blur, settings.noisy)
+
+
+ALL_BLURRED = blur.Severity(untouched=0.0)
+"""How held-out photographs are treated, whatever the settings: figures stay comparable."""
+
+
 @dataclass
 class Photographs:
-    """Sharp photographs; blur is synthesised on the fly."""
+    """Sharp photographs; blur is synthesised on the fly.
+
+    A JPEG much larger than the crops is decoded at 1/2, 1/4 or 1/8 of its size: no crop shows more
+    of it than ``MOST_SHRUNK`` times its own edge and margins.
+    """
 
     paths: Sequence[Path]
-    untouched: float
+    severity: blur.Severity
     decoded: Decoded
 
     def __len__(self) -> int:
@@ -112,14 +151,14 @@ class Photographs:
         self, index: int, rng: np.random.Generator, crop: int
     ) -> tuple[Picture, blur.Recipe, Picture]:
         """Do the same and also tell how the crop was blurred: ``(blurred, recipe, sharp)``."""
-        photo = self.decoded(self.paths[index])
         size = crop + 2 * blur.MARGIN
-        largest = min(min(photo.shape[:2]) / size, 4.0)
+        photo = self.decoded(self.paths[index], MOST_SHRUNK * size)
+        largest = min(min(photo.shape[:2]) / size, MOST_SHRUNK)
         shrink = float(np.exp(rng.uniform(0, np.log(largest)))) if largest > 1 and rng.random() < 0.6 else 1.0
         part = self._detailed(photo, round(size * shrink), rng)
         if shrink > 1:
             part = cv2.resize(part, (size, size), interpolation=cv2.INTER_AREA)
-        degraded, recipe = blur.degrade(part, rng, self.untouched)
+        degraded, recipe = blur.degrade(part, rng, self.severity)
         inside = slice(blur.MARGIN, blur.MARGIN + crop)
         return degraded[inside, inside], recipe, part[inside, inside]
 
@@ -163,15 +202,19 @@ class Frames:
     decoded: Decoded
 
     def __len__(self) -> int:
-        """Return the number of centres."""
-        return len(self.windows)
+        """Return the number of centres times that of the lengths: 7, 9, 11 and 13 frames."""
+        return len(self.windows) * len(HALVES)
 
     def draw(self, index: int, rng: np.random.Generator, crop: int) -> tuple[Picture, Picture]:
-        """Average 3 to all frames of a window, in linear light (gamma 2.2) or as they are."""
-        window = self.windows[index]
-        half = int(rng.integers(1, len(window) // 2 + 1))
+        """Average a run around a centre, in linear light (gamma 2.2) or as the frames are."""
+        window = self.windows[index // len(HALVES)]
+        half = HALVES[index % len(HALVES)]
         centre = len(window) // 2
         chosen = [self.decoded(path) for path in window[centre - half : centre + half + 1]]
+        if len({frame.shape for frame in chosen}) > 1:
+            raise ImgtoolError(
+                f"frames of different sizes around {window[centre]}", "give frames of one recording"
+            )
         top, left = place(chosen[0], crop, rng)
         parts = [cut(frame, top, left, crop) for frame in chosen]
         return average(parts, 2.2 if rng.random() < 0.5 else 1.0), parts[half]
@@ -276,7 +319,7 @@ def _partner(picture: Path, blurred: str) -> tuple[Path | None, bool]:
         return folder.parent / "sharp" / picture.name, False
     if folder.name == "sharp":
         return folder.parent / blurred / picture.name, True
-    if folder.name in ("blur", "blur_gamma"):
+    if folder.name in ("blur", "blur_gamma") or (folder / "sharp").is_dir():  # beside it: a preview
         return None, False
     if picture.stem.endswith("_gt"):
         return picture.with_name(picture.stem.removesuffix("_gt") + picture.suffix), True
@@ -291,75 +334,106 @@ def _held(name: str, share: float) -> bool:
 def _split(items: Sequence[Path], share: float = 0.05) -> tuple[list[Path], list[Path]]:
     kept = [item for item in items if not _held(item.stem, share)]
     out = [item for item in items if _held(item.stem, share)]
-    if not out:
+    if not (kept and out):  # a few items only
         kept, out = list(items[:-1]), list(items[-1:])
     return kept, out
 
 
-def _of_photos(settings: Train, decoded: Decoded) -> tuple[list[Source], list[Source]]:
-    paths = [path for folder in settings.photos for path in pictures_in(folder)]
+def _distinct(folders: Sequence[Path]) -> dict[Path, Path]:
+    """Return the pictures of folders, each once though folders overlap: resolved path to path."""
+    return {path.resolve(): path for folder in folders for path in pictures_in(folder)}
+
+
+Split = tuple[list[Source], list[Source]]
+
+
+def _of_photos(settings: Train, apart: set[Path], decoded: Decoded) -> Split:
+    paths = [path for real, path in _distinct(settings.photos).items() if real not in apart]
     if settings.photos and len(paths) < 2:
         raise ImgtoolError(
             "fewer than two photographs found", "name a folder with sharp photographs by --photos", USAGE
         )
     kept, out = (paths, []) if settings.validate_on else _split(paths)
-    return [Photographs(kept, settings.untouched, decoded)], [Photographs(out, 0.0, decoded)]
+    return [Photographs(kept, severity(settings), decoded)], [Photographs(out, ALL_BLURRED, decoded)]
 
 
-def _of_pairs(settings: Train, decoded: Decoded) -> tuple[list[Source], list[Source]]:
+def _of_pairs(settings: Train, apart: set[Path], decoded: Decoded) -> Split:
     found = [pair for folder in settings.pairs for pair in find_pairs(folder, settings.blur_folder)[0]]
+    found = list({pair[1].resolve(): pair for pair in found if pair[1].resolve() not in apart}.values())
     if settings.pairs and len(found) < 2:
         raise ImgtoolError(
             "fewer than two pairs found", "expected blur/ beside sharp/, or X.png beside X_gt.png", USAGE
         )
+    if settings.validate_on:
+        return [Pairs(found, decoded)], []
     sequences = sorted({pair[1].parent for pair in found})
-    out = [] if settings.validate_on else sequences[-1:] if len(sequences) > 1 else []
-    held = [pair for pair in found if pair[1].parent in out] or (
-        [] if settings.validate_on else found[-max(len(found) // 20, 1) :]
-    )
-    kept = [pair for pair in found if pair not in held]
+    if len(sequences) > 1:
+        kept = [pair for pair in found if pair[1].parent != sequences[-1]]
+        held = [pair for pair in found if pair[1].parent == sequences[-1]]
+    else:
+        last = max(len(found) // 20, 1)
+        kept, held = found[:-last], found[-last:]
     return [Pairs(kept, decoded)], [Pairs(held, decoded)]
 
 
-def _of_frames(settings: Train, decoded: Decoded) -> tuple[list[Source], list[Source]]:
+def sequences_in(folders: Sequence[Path]) -> dict[Path, list[Path]]:
+    """Return the frames of every folder that holds any: a run never goes from one into the next."""
+    found: dict[Path, list[Path]] = {}
+    for path in _distinct(folders).values():
+        found.setdefault(path.parent, []).append(path)
+    return found
+
+
+def _of_frames(settings: Train, apart: set[Path], decoded: Decoded) -> Split:
     kept: list[list[Path]] = []
     held: list[list[Path]] = []
-    longest = 13
-    for folder in settings.frames:
-        frames = pictures_in(folder)
-        if len(frames) < 2 * longest:
+    needed = LONGEST if settings.validate_on else 2 * LONGEST
+    for folder, frames in sequences_in(settings.frames).items():
+        if len(frames) < needed:
             raise ImgtoolError(
-                f"{len(frames)} frames in {folder}",
-                f"at least {2 * longest} consecutive frames are needed",
-                USAGE,
+                f"{len(frames)} frames in {folder}", f"at least {needed} consecutive frames are needed", USAGE
             )
-        last = 0 if settings.validate_on else max(longest, len(frames) // 20)
-        kept += windows(frames[: len(frames) - last], longest)
-        held += windows(frames[len(frames) - last :], longest) if last else []
+        last = 0 if settings.validate_on else max(LONGEST, len(frames) // 20)
+        runs = windows(frames[: len(frames) - last], LONGEST)
+        kept += [run for run in runs if apart.isdisjoint(path.resolve() for path in run)] if apart else runs
+        held += windows(frames[len(frames) - last :], LONGEST) if last else []
+    if settings.frames and not kept:
+        raise ImgtoolError("no frames found", "name folders of consecutive frames by --frames", USAGE)
     return [Frames(kept, decoded)], [Frames(held, decoded)]
+
+
+def _to_validate(settings: Train, decoded: Decoded) -> list[Source]:
+    sources: list[Source] = []
+    for folder in settings.validate_on:
+        pairs = find_pairs(folder, settings.blur_folder)[0]
+        sources.append(
+            Pairs(pairs, decoded) if pairs else Photographs(pictures_in(folder), ALL_BLURRED, decoded)
+        )
+        if not len(sources[-1]):
+            raise ImgtoolError(f"no photos or pairs in {folder}", "check the path of --validate-on", USAGE)
+    return sources
 
 
 def load(settings: Train) -> tuple[Samples, Samples]:
     """Build the training and the held-out set from the folders that the settings name.
 
-    Held out are the folders of ``validate_on``, else photographs chosen by a hash of their names
-    (5 %), the last sequence of pairs and the last frames. Held-out crops are fixed: the same
-    pixels, blur and noise for every run and every seed; all of them are blurred.
+    Held out are the folders of ``validate_on``, which are then not trained on, else photographs
+    chosen by a hash of their names (5 %), the last sequence of pairs and the last frames of every
+    folder. Held-out crops are fixed: the same pixels, blur and noise for every run and every seed;
+    all of them are blurred.
 
     Raises:
         ImgtoolError: Code 2, for folders that do not exist or hold too little.
     """
     if not (settings.photos or settings.pairs or settings.frames):
         raise ImgtoolError("no training data named", "give --photos DIR, --pairs DIR or --frames DIR", USAGE)
-    decoded = Decoded()
+    decoded = Decoded(CACHE_BYTES // max(settings.workers, 1))
+    apart = set(_distinct(settings.validate_on))
     kept: list[Source] = []
-    held: list[Source] = []
+    held = _to_validate(settings, decoded)
     for part in (_of_photos, _of_pairs, _of_frames):
-        sources, out = part(settings, decoded)
+        sources, out = part(settings, apart, decoded)
         kept += sources
         held += out
-    for folder in settings.validate_on:
-        pairs = find_pairs(folder, settings.blur_folder)[0]
-        held.append(Pairs(pairs, decoded) if pairs else Photographs(pictures_in(folder), 0.0, decoded))
     train = Samples(kept, settings.crop, settings.seed, settings.epoch_steps * settings.batch)
     return train, Samples(held, settings.crop, VALIDATION_SEED, settings.held_out, augment=False)

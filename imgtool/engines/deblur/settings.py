@@ -20,7 +20,28 @@ class Model(Settings):
     )
 
 
-class Train(Model, common.Train):
+class Severity(Settings):
+    """How hard sharp photographs are treated when blur is synthesised."""
+
+    untouched: float = setting(
+        0.1,
+        "Share of synthetic samples that are not blurred, so that sharp photos stay sharp.",
+        panel="Data",
+        ge=0,
+        le=1,
+    )
+    shortest_blur: float = setting(
+        2.0, "Least extent of synthetic blur, in pixels.", panel="Data", ge=1, le=60
+    )
+    longest_blur: float = setting(
+        26.0, "Largest extent of synthetic blur, in pixels.", panel="Data", ge=1, le=60
+    )
+    noisy: float = setting(
+        0.5, "Share of the blurred samples that get noise; 0.6 of it get JPEG.", panel="Data", ge=0, le=1
+    )
+
+
+class Train(Model, Severity, common.Train):
     """Train a deblurring network on pairs, on photographs blurred on the fly, or on frames."""
 
     example: ClassVar[str] = "imgtool train deblur --photos ~/Pictures --steps 20000 -o runs/mine"
@@ -38,13 +59,6 @@ class Train(Model, common.Train):
     )
     crop: int = setting(
         256, "Edge of the square training crops, in pixels.", panel="Data", ge=32, le=4096, multiple_of=16
-    )
-    untouched: float = setting(
-        0.1,
-        "Share of synthetic samples that are not blurred, so that sharp photos stay sharp.",
-        panel="Data",
-        ge=0,
-        le=1,
     )
     validate_on: tuple[Path, ...] = setting(
         (), "Folders of photos or pairs to validate on [default: a part of the training data].", panel="Data"
@@ -92,6 +106,9 @@ class Bench(common.Bench):
     example: ClassVar[str] = "imgtool bench deblur --data GoPro/test"
     height: int = setting(1080, "Height of the timed picture.", panel="Measurement", ge=16)
     width: int = setting(1920, "Width of the timed picture.", panel="Measurement", ge=16)
+    large: bool = setting(
+        True, "Also measure the memory that a photo of 6000x4000 takes.", panel="Measurement"
+    )
     photos: Path | None = setting(
         None,
         "Folder of sharp photos that must stay sharp, and on which tiling is checked.",
@@ -99,7 +116,7 @@ class Bench(common.Bench):
     )
 
 
-class Synth(common.Data):
+class Synth(Severity, common.Data):
     """Write blurred and sharp pairs made from sharp photographs."""
 
     example: ClassVar[str] = "imgtool data synth deblur ~/Pictures -o pairs --count 500"
@@ -109,7 +126,6 @@ class Synth(common.Data):
     )
     count: int = setting(100, "Pairs to write.", panel="Data", ge=1)
     crop: int = setting(512, "Edge of a pair, in pixels.", panel="Data", ge=32, le=4096)
-    untouched: float = setting(0.1, "Share of pairs that are not blurred.", panel="Data", ge=0, le=1)
     seed: int = setting(0, "Seed: the same seed writes the same pairs.", panel="Data", ge=0)
 
 

@@ -1,0 +1,695 @@
+"""``imgtool infer`` from the command line: what goes in, what comes out, and every fault."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import tifffile
+import torch
+from PIL import Image, ImageCms
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from imgtool import checkpoint, cli, engines, images
+from imgtool.engine import Engine
+from imgtool.engines.deblur.engine import ENGINE
+from imgtool.engines.deblur.settings import Model
+from imgtool.images import Photo
+
+ROOT = Path(__file__).parents[1]
+Array = npt.NDArray[Any]
+Run = Callable[..., SimpleNamespace]
+
+
+def save_random_weights(path: Path, arch: str = "unet-lite") -> Path:
+    """Write weights of a network that changes every pixel a little, and has learnt nothing."""
+    generator = torch.Generator().manual_seed(0)
+    net = ENGINE.build(Model.model_validate({"arch": arch}))
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter += torch.randn(parameter.shape, generator=generator) * 0.01
+    settings = Model.model_validate({"arch": arch})
+    checkpoint.save_weights(path, ENGINE, settings, net.state_dict(), {"scores": {}}, half=True)
+    return path
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_random_weights(tmp_path_factory.mktemp("weights") / "random.safetensors")
+
+
+def scene(height: int = 48, width: int = 64, dtype: str = "uint8", seed: int = 0) -> Array:
+    """Smooth colours with an edge and a little noise."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width] / max(height, width)
+    values = np.stack([0.2 + 0.5 * x, 0.2 + 0.5 * y, 0.5 + 0.3 * (x > y)], 2)
+    values = np.clip(values + rng.normal(0, 0.02, values.shape), 0, 1)
+    return images.to_type(values, dtype)
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand in an empty folder, on no terminal; put back the variables that a run sets."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+
+
+@pytest.fixture
+def infer(weights: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> Run:
+    """Return a function that runs ``imgtool infer deblur`` and tells how it ended."""
+
+    def call(*words: str) -> SimpleNamespace:
+        capfdbinary.readouterr()
+        usual = {"--weights": str(weights), "--device": "cpu"}
+        more = [each for pair in usual.items() if pair[0] not in words for each in pair]
+        code = cli.run(["infer", "deblur", *words, *more])
+        out, err = capfdbinary.readouterr()
+        lines = [json.loads(line) for line in out.splitlines()] if "--json" in words else []
+        return SimpleNamespace(
+            code=code, raw=out, out=out.decode(errors="replace"), err=err.decode(), lines=lines
+        )
+
+    return call
+
+
+def listing() -> list[str]:
+    """Return every file below the current folder, hidden ones too."""
+    return sorted(str(path) for path in Path().rglob("*") if path.is_file())
+
+
+def put(name: str, pixels: Array | None = None) -> Path:
+    path = Path(name)
+    images.write(path, Photo(scene() if pixels is None else pixels))
+    return path
+
+
+def with_apply(monkeypatch: pytest.MonkeyPatch, apply: Callable[..., Any]) -> None:
+    engine: Engine = replace(ENGINE, apply=apply)
+    monkeypatch.setattr(engines, "load", lambda name: engine)
+
+
+# --- where outputs go ------------------------------------------------------------------------
+
+
+def test_one_photo_lands_beside_itself(infer: Run) -> None:
+    put("a.png")
+    done = infer("a.png")
+    assert done.code == 0
+    assert listing() == ["a-deblur.png", "a.png"]
+    after = images.read(Path("a-deblur.png")).pixels
+    assert after.shape == (48, 64, 3)
+    apart = np.abs(after.astype(int) - images.read(Path("a.png")).pixels)
+    assert 0 < apart.max() < 100
+    assert done.out == f"a.png -> a-deblur.png  64x48  {done.out.split()[-2]} s\n"
+    assert done.err == "imgtool infer deblur: starting\n"
+
+
+def mirrored(image: torch.Tensor, last: int = 0) -> torch.Tensor:
+    """Mirror 16 pixels around ``(1, 3, H, W)`` and ``last`` more below."""
+    pads = [(0, 0), (0, 0), (16, 16 + last), (16, 16)]
+    return torch.from_numpy(np.pad(image.numpy(), pads, mode="reflect"))
+
+
+def test_it_is_the_network_that_is_applied(infer: Run, weights: Path) -> None:
+    put("a.png")
+    infer("a.png", "-o", "b.png")
+    net: Any = checkpoint.network(ENGINE, checkpoint.read_weights(weights, "deblur"))
+    image = torch.from_numpy(scene().transpose(2, 0, 1)[None].astype(np.float32) / 255)
+    small = torch.nn.functional.avg_pool2d(image, 4)  # 12 x 16: 4 more rows make a multiple of 8
+    with torch.inference_mode():
+        change = net.coarse(mirrored(small, 4))[..., 16:28, 16:32] - small
+        start = image + torch.nn.functional.interpolate(change, scale_factor=4, mode="bilinear")
+        out = net.fine(mirrored(start))[0, :, 16:-16, 16:-16].clamp(0, 1).permute(1, 2, 0).numpy()
+    apart = np.rint(out * 255) - images.read(Path("b.png")).pixels
+    assert np.abs(apart).max() <= 1
+    assert (apart != 0).mean() < 1e-3
+
+
+def test_a_folder_keeps_its_folders(infer: Run) -> None:
+    for name in ("in/a.png", "in/deep/b.jpg", "in/deep/c.tif"):
+        put(name)
+    Path("in/notes.txt").write_text("no photo")
+    done = infer("in", "-o", "out")
+    assert done.code == 0
+    assert [name for name in listing() if name.startswith("out")] == [
+        "out/a.png",
+        "out/deep/b.jpg",
+        "out/deep/c.tif",
+    ]
+    assert len(done.out.splitlines()) == 3
+
+
+def test_a_glob_many_files_and_a_folder_for_them(infer: Run) -> None:
+    for name in ("a.png", "b.png", "c.jpg"):
+        put(name)
+    assert infer("*.png", "c.jpg", "-o", "out/").code == 0
+    assert [name for name in listing() if "/" in name] == ["out/a.png", "out/b.png", "out/c.jpg"]
+
+
+def test_the_second_run_of_a_folder_takes_no_outputs_for_inputs(infer: Run) -> None:
+    put("in/a.png")
+    assert infer("in").code == 0
+    assert infer("in", "--force").code == 0
+    assert listing() == ["in/a-deblur.png", "in/a.png"]
+
+
+def test_format_and_quality(infer: Run) -> None:
+    put("a.png")
+    assert infer("a.png", "--format", "jpg", "--quality", "40").code == 0
+    assert infer("a.png", "-o", "b.webp").code == 0
+    assert images.read(Path("a-deblur.jpg")).format == "jpg"
+    assert images.read(Path("b.webp")).format == "webp"
+    done = infer("a.png", "-o", "c.gif")
+    assert (done.code, "hint: known: jpg" in done.err) == (2, True)
+
+
+def test_standard_input_to_standard_output(infer: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = put("a.png").read_bytes()
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(data)))
+    done = infer("-", "-o", "-", "--format", "png")
+    assert done.code == 0
+    infer("a.png", "-o", "b.png")
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(done.raw))), images.read(Path("b.png")).pixels)
+    assert "- -> -  64x48" in done.err  # not between the bytes of the photo
+
+
+def test_standard_output_takes_the_photo_or_json_but_not_both(infer: Run) -> None:
+    put("a.png")
+    done = infer("a.png", "-o", "-", "--json")
+    assert done.code == 2
+    assert done.lines == [
+        {
+            "error": "standard output cannot take both the photo and JSON",
+            "hint": "give -o FILE, or leave out --json",
+        }
+    ]
+
+
+def test_a_terminal_gets_no_photo(infer: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    put("a.png")
+    with_apply(monkeypatch, lambda *_: pytest.fail("computed before the terminal was refused"))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    done = infer("a.png", "-o", "-")
+    assert done.code == 2
+    assert "error: an image cannot be shown on a terminal" in done.err
+
+
+def test_nothing_is_overwritten_unless_asked(infer: Run) -> None:
+    put("a.png")
+    Path("a-deblur.png").write_bytes(b"mine")
+    done = infer("a.png")
+    assert done.code == 1
+    assert "error: a.png: a-deblur.png exists" in done.err
+    assert "hint: --force" in done.err
+    assert Path("a-deblur.png").read_bytes() == b"mine"
+    assert infer("a.png", "-f").code == 0
+    assert images.read(Path("a-deblur.png")).pixels.shape == (48, 64, 3)
+
+
+def test_an_existing_sheet_is_not_overwritten_either(infer: Run) -> None:
+    put("a.png")
+    Path("b-compare.png").write_bytes(b"mine")
+    done = infer("a.png", "-o", "b.png", "--compare")
+    assert (done.code, listing()) == (1, ["a.png", "b-compare.png"])
+    assert "b-compare.png exists" in done.err
+
+
+def test_skip_existing_resumes_a_batch(infer: Run) -> None:
+    for name in ("in/a.png", "in/b.png", "in/c.png"):
+        put(name)
+    infer("in/a.png", "-o", "out/")
+    first = Path("out/a.png").stat().st_mtime_ns
+    done = infer("in", "-o", "out", "--skip-existing", "--json")
+    assert done.code == 0
+    assert [line["output"] for line in done.lines] == ["out/b.png", "out/c.png"]
+    assert Path("out/a.png").stat().st_mtime_ns == first
+
+
+# --- what is told ----------------------------------------------------------------------------
+
+
+def test_json_lines(infer: Run) -> None:
+    put("a.png")
+    put("b.png", scene(20, 30))
+    done = infer("a.png", "b.png", "-o", "out", "--json", "--tile", "32", "--strength", "0.5")
+    assert done.code == 0
+    assert [line["input"] for line in done.lines] == ["a.png", "b.png"]
+    line = done.lines[0]
+    assert line.pop("seconds") > 0
+    assert line == {
+        "input": "a.png",
+        "output": "out/a.png",
+        "engine": "deblur",
+        "model": "random",
+        "width": 64,
+        "height": 48,
+        "facts": {"tiles": 4, "tile": 32, "halo": 64, "strength": 0.5},
+    }
+    assert done.lines[1]["facts"] == {"tiles": 1, "tile": 30, "halo": 0, "strength": 0.5}
+
+
+def test_dry_run_writes_nothing(infer: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    put("in/a.png")
+    put("in/b.png")
+    with_apply(monkeypatch, lambda *_: pytest.fail("a dry run computed"))
+    before = listing()
+    done = infer("in", "-o", "out", "--report", "page", "--compare", "-n")
+    assert (done.code, listing()) == (0, before)
+    for words in (
+        "in/a.png -> out/a.png",
+        "in/b.png -> out/b.png",
+        "device: cpu",
+        "parameters: ",
+        "[infer.deblur]",
+    ):
+        assert words in done.out
+    record = infer("in", "-o", "out", "-n", "--json").lines[0]
+    assert record["plan"]["parameters"] > 1e5
+    assert record["plan"]["outputs"] == ["in/a.png -> out/a.png", "in/b.png -> out/b.png"]
+
+
+def test_strength_0_gives_the_photo_back(infer: Run) -> None:
+    put("a.tif", scene(dtype="uint16"))
+    assert infer("a.tif", "--strength", "0").code == 0
+    assert np.array_equal(images.read(Path("a-deblur.tif")).pixels, images.read(Path("a.tif")).pixels)
+
+
+def test_tiles_of_any_size_give_the_same_photo(infer: Run) -> None:
+    put("a.tif", scene(150, 131, "float32"))
+    infer("a.tif", "-o", "whole.tif", "--tile", "0")
+    infer("a.tif", "-o", "tiles.tif", "--tile", "64")
+    whole, tiled = (tifffile.imread(f"{name}.tif") for name in ("whole", "tiles"))
+    assert np.abs(whole - scene(150, 131, "float32")).max() > 1e-3
+    assert np.abs(whole - tiled).max() <= 0.05 / 255
+
+
+# --- what is kept ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif"])
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_16_bit_grey_and_alpha_are_kept(infer: Run, name: str, channels: int) -> None:
+    pixels = scene(dtype="uint16") // 16  # dark: only the type tells how deep it is
+    alpha = scene(dtype="uint16", seed=9)[..., 0].copy() if channels in (2, 4) else None
+    grey = channels < 3
+    if grey:
+        pixels = np.repeat(pixels[..., :1], 3, axis=2)
+    images.write(Path(name), Photo(pixels, alpha, grey))
+    assert infer(name, "-o", f"out/{name}").code == 0
+    after = images.read(Path(f"out/{name}"))
+    assert (after.pixels.dtype, after.grey) == (np.uint16, grey)
+    assert (after.pixels % 257).any()
+    if alpha is None:
+        assert after.alpha is None
+    else:
+        assert np.array_equal(after.alpha, alpha)
+
+
+def test_exif_profile_and_orientation(infer: Run) -> None:
+    exif = Image.Exif()
+    exif[271], exif[274] = "Maker", 6
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    Image.fromarray(scene(40, 64)).save("a.jpg", quality=98, exif=exif, icc_profile=profile)
+    assert infer("a.jpg", "--strength", "0.2").code == 0
+    with Image.open("a-deblur.jpg") as after:
+        assert after.size == (40, 64)  # a quarter turn, applied
+        assert after.getexif()[271] == "Maker"
+        assert after.getexif().get(274, 1) == 1
+        assert after.info["icc_profile"] == profile
+        upright = np.rot90(scene(40, 64), -1).astype(int)
+        assert np.abs(np.asarray(after) - upright).mean() < 10
+
+
+def test_what_the_format_cannot_hold_is_said(infer: Run) -> None:
+    put("a.png", scene(dtype="uint16"))
+    done = infer("a.png", "-o", "b.jpg")
+    assert done.code == 0
+    assert "warning: a.png: 16 bit are rounded to 8 bit" in done.err
+
+
+# --- faults ----------------------------------------------------------------------------------
+
+
+def truncated() -> bytes:
+    data = io.BytesIO()
+    Image.fromarray(scene(200, 200)).save(data, "JPEG")
+    return data.getvalue()[: len(data.getvalue()) // 2]
+
+
+BAD = {"half.jpg": truncated(), "empty.jpg": b"", "text.jpg": b"no photo at all\n" * 9}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_photo_stops_only_itself(infer: Run, name: str) -> None:
+    put("in/a.png")
+    put("in/z.png")
+    Path("in", name).write_bytes(BAD[name])
+    done = infer("in", "-o", "out", "--json", "--compare")
+    assert done.code == 1
+    assert done.err.count("error: ") == 1
+    assert done.err.count("hint: ") == 1
+    assert f"in/{name}" in done.err
+    assert "Traceback" not in done.err
+    last = done.err.splitlines()[-2:]
+    assert last[0] == "1 of 3 failed:"
+    assert last[1].count(f"in/{name}") == 1
+    good, bad = done.lines[0], done.lines[1]
+    assert (good["output"], done.lines[2]["output"]) == ("out/a.png", "out/z.png")
+    assert set(bad) == {"input", "error", "hint"}
+    assert bad["input"] == f"in/{name}"
+    assert [path for path in listing() if path.startswith("out")] == [
+        "out/a-compare.png",
+        "out/a.png",
+        "out/z-compare.png",
+        "out/z.png",
+    ]
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_one_bad_photo_alone(infer: Run, name: str) -> None:
+    Path(name).write_bytes(BAD[name])
+    done = infer(name, "-o", "new/out.png")
+    assert done.code == 1
+    assert [line.split(":")[0] for line in done.err.splitlines()[1:]] == ["error", "hint"]
+    assert listing() == [name]
+
+
+def test_fail_fast(infer: Run) -> None:
+    for name in ("in/a.png", "in/c.png"):
+        put(name)
+    Path("in/b.png").write_bytes(b"")
+    assert infer("in", "-o", "out", "--fail-fast").code == 1
+    assert [name for name in listing() if name.startswith("out")] == ["out/a.png"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["none.png"], "no such file: none.png"),
+        (["a.png", "none.png", "-o", "out"], "no such file: none.png"),
+        (["*.webp"], "no photo matches *.webp"),
+        (["a.png", "b.png", "-o", "c.png"], "-o c.png is one file for 2 photos found"),
+        (["a.png", "-o", "a.png"], "which is the input"),
+        (["a.png", "--tile", "-1"], "--tile"),
+        (["a.png", "--device", "abacus"], "no device abacus here"),
+        (["a.png", "--weights", "nobody"], "no weights file or shipped weights named nobody"),
+        (["-", "--compare"], "--compare"),
+    ],
+)
+def test_asked_wrongly(infer: Run, words: list[str], message: str) -> None:
+    put("a.png")
+    put("b.png")
+    done = infer(*words)
+    assert done.code == 2
+    assert done.err.count("error: ") == 1
+    assert message in done.err
+    assert "hint: " in done.err
+    assert listing() == ["a.png", "b.png"]
+
+
+def edited(source: Path, target: Path, **changes: Any) -> Path:
+    """Copy weights with parts of the header replaced."""
+    with safe_open(source, "pt") as opened:
+        header = json.loads(opened.metadata()["imgtool"]) | changes
+        state = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    save_file(state, target, metadata={"imgtool": json.dumps(header)})
+    return target
+
+
+def test_weights_that_will_not_do(
+    infer: Run, weights: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    put("a.png")
+    folder = tmp_path_factory.mktemp("others")
+    other = edited(weights, folder / "other.safetensors", engine="lens")
+    done = infer("a.png", "--weights", str(other))
+    assert done.code == 2
+    assert "holds weights of the lens engine, not of deblur" in done.err
+    seed = edited(weights, folder / "seed.safetensors", model={"arch": "unet-seed"})
+    done = infer("a.png", "--weights", str(seed))
+    assert (done.code, "do not fit the network" in done.err) == (1, True)
+    broken = folder / "broken.safetensors"
+    broken.write_bytes(weights.read_bytes()[:5000])
+    done = infer("a.png", "--weights", str(broken))
+    assert (done.code, "is not a readable weights file" in done.err) == (1, True)
+    assert listing() == ["a.png"]
+
+
+def test_a_network_that_looks_at_the_whole_photo_is_not_cut(
+    infer: Run, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = save_random_weights(tmp_path_factory.mktemp("seed") / "seed.safetensors", "unet-seed")
+    put("a.png")
+    done = infer("a.png", "--weights", str(path), "--tile", "32")
+    assert done.code == 2
+    assert "tiles would change the result: unet-seed normalises over the whole image" in done.err
+    assert "hint: take --tile 0" in done.err
+    assert listing() == ["a.png"]
+    done = infer("a.png", "--weights", str(path), "--tile", "0", "--json")
+    assert (done.code, done.lines[0]["facts"]["tiles"]) == (0, 1)
+
+
+ROOT_MAY_ALL = pytest.mark.skipif(
+    not hasattr(os, "geteuid") or os.geteuid() == 0, reason="the superuser may read and write all"
+)
+
+
+@ROOT_MAY_ALL
+def test_a_photo_that_may_not_be_read(infer: Run) -> None:
+    put("in/a.png").chmod(0)
+    put("in/b.png")
+    done = infer("in", "-o", "out")
+    assert done.code == 1
+    assert "error: cannot read in/a.png: permission denied" in done.err
+    assert Path("out/b.png").exists()
+
+
+@ROOT_MAY_ALL
+def test_a_folder_that_may_not_be_written(infer: Run) -> None:
+    put("a.png")
+    Path("locked").mkdir(mode=0o500)
+    done = infer("a.png", "-o", "locked/b.png")
+    Path("locked").chmod(0o700)
+    assert (done.code, done.err.count("cannot write locked/b.png")) == (1, 1)
+
+
+def test_a_name_that_is_too_long(infer: Run) -> None:
+    put("a.png")
+    for name in ("x" * 300, "x" * 300 + ".png"):
+        done = infer("a.png", "-o", name)
+        assert (done.code, done.err.count("error: ")) == (1, 1)
+        assert "file name too long" in done.err
+    assert listing() == ["a.png"]
+
+
+def test_a_folder_that_is_a_file(infer: Run) -> None:
+    put("a.png")
+    Path("file").write_bytes(b"")
+    done = infer("a.png", "-o", "file/b.png")
+    assert done.code == 1
+    assert "error: a.png: cannot write file/b.png" in done.err
+    assert "hint: " in done.err
+    assert listing() == ["a.png", "file"]
+
+
+@pytest.mark.parametrize("extra", [[], ["--compare"]])
+def test_a_full_disk(infer: Run, monkeypatch: pytest.MonkeyPatch, extra: list[str]) -> None:
+    put("a.png")
+    opened = Path.open
+
+    def full(path: Path, mode: str = "r", *rest: Any, **more: Any) -> Any:
+        file = opened(path, mode, *rest, **more)
+        if "w" not in mode:
+            return file
+
+        class Full(type(file)):  # type: ignore[misc]
+            def write(self, data: bytes) -> int:
+                super().write(data[:10])
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+        file.close()
+        return Full(opened(path, mode, buffering=0))
+
+    monkeypatch.setattr(Path, "open", full)
+    done = infer("a.png", "-o", "new/b.png", "--json", *extra)
+    assert done.code == 1
+    assert done.lines == [
+        {
+            "input": "a.png",
+            "error": "cannot write new/b.png: no space left on device",
+            "hint": "free some space or choose another folder with -o",
+        }
+    ]
+    assert done.err.count("error: ") == 1
+    assert listing() == ["a.png"]
+
+
+def interrupting(after: int) -> Callable[..., Any]:
+    """Return an ``apply`` that ends like Ctrl-C at its call number ``after`` + 1."""
+    calls: list[None] = []
+
+    def apply(*arguments: Any) -> Any:
+        if len(calls) == after:
+            raise KeyboardInterrupt
+        calls.append(None)
+        return ENGINE.apply(*arguments)
+
+    return apply
+
+
+def test_interrupted(infer: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("in/a.png", "in/b.png", "in/c.png"):
+        put(name)
+    with_apply(monkeypatch, interrupting(1))
+    done = infer("in", "-o", "out", "--report", "page")
+    assert done.code == 130
+    assert "interrupted" in done.err
+    assert "Traceback" not in done.err
+    assert [name for name in listing() if not name.startswith("in")] == ["out/a.png", "page/index.html"]
+    page = Path("page/index.html").read_text()
+    assert "in/a.png" in page
+    assert "in/b.png" not in page
+
+
+def test_interrupted_while_it_writes(infer: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    put("a.png")
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    assert infer("a.png").code == 130
+    assert listing() == ["a.png"]
+
+
+@pytest.mark.parametrize("fault", [ZeroDivisionError("a bug"), RuntimeError("shapes"), OSError("strange")])
+def test_a_bug_is_not_hidden(infer: Run, monkeypatch: pytest.MonkeyPatch, fault: Exception) -> None:
+    put("in/a.png")
+    put("in/b.png")
+
+    def apply(*_: Any) -> None:
+        raise fault
+
+    with_apply(monkeypatch, apply)
+    with pytest.raises(type(fault)) as caught:
+        infer("in", "-o", "out")
+    assert caught.value is fault
+
+
+def test_memory_that_ends_outside_the_tiles(infer: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("in/a.png", "in/b.png"):
+        put(name)
+    calls: list[None] = []
+
+    def apply(*arguments: Any) -> Any:
+        calls.append(None)
+        if len(calls) == 1:
+            raise MemoryError
+        return ENGINE.apply(*arguments)
+
+    with_apply(monkeypatch, apply)
+    done = infer("in", "-o", "out")
+    assert done.code == 1
+    assert "error: in/a.png: out of memory" in done.err
+    assert Path("out/b.png").exists()
+
+
+def test_out_of_memory_makes_the_tiles_smaller_and_says_so(
+    infer: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put("a.png", scene(400, 200))
+    build = ENGINE.build
+
+    def limited(settings: Any) -> torch.nn.Module:
+        net = build(settings)
+
+        def refuse(_: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+            if arguments[0].shape[-1] * arguments[0].shape[-2] > 280 * 280:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+        for part in net.children():
+            part.register_forward_pre_hook(refuse)
+        return net
+
+    infer("a.png", "-o", "whole.png")
+    engine: Engine = replace(ENGINE, build=limited)
+    monkeypatch.setattr(engines, "load", lambda name: engine)
+    done = infer("a.png", "-o", "tiles.png", "--json", "--tile", "0", "--overlap", "64")
+    assert done.code == 0
+    assert done.err.count("out of memory: going on with tiles of 200 pixels\n") == 1
+    assert done.lines[0]["facts"]["tiles"] > 1
+    apart = images.read(Path("whole.png")).pixels.astype(int) - images.read(Path("tiles.png")).pixels
+    assert np.abs(apart).max() <= 1
+
+
+# --- pictures --------------------------------------------------------------------------------
+
+
+def test_the_sheet_and_the_page(infer: Run) -> None:
+    put("in/a.png", scene(300, 400))
+    put("in/b.png", scene(40, 30))
+    Path("in/c.png").write_bytes(b"")
+    done = infer("in", "-o", "out", "--compare", "--report", "page")
+    assert done.code == 1
+    sheet = images.read(Path("out/a-compare.png")).pixels
+    assert sheet.shape[1] == 1600
+    assert "before/after: out/a-compare.png" in done.err
+    assert "report: page/index.html" in done.err
+    page = Path("page/index.html").read_text()
+    assert page.count("data:image/jpeg;base64,") >= 4
+    for words in ("in/a.png", "in/b.png", "in/c.png", "random"):
+        assert words in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
+
+
+def test_a_page_that_exists(infer: Run) -> None:
+    put("a.png")
+    Path("page").mkdir()
+    Path("page/index.html").write_text("mine")
+    done = infer("a.png", "--report", "page")
+    assert (done.code, "page/index.html exists" in done.err) == (1, True)
+    assert listing() == ["a.png", "page/index.html"]
+    assert infer("a.png", "--report", "page", "--force").code == 0
+    assert Path("page/index.html").read_text() != "mine"
+
+
+def test_a_run_that_leaves_everything_out_leaves_the_page_as_it_was(infer: Run) -> None:
+    put("a.png")
+    infer("a.png", "--report", "page")
+    page = Path("page/index.html").read_bytes()
+    assert infer("a.png", "--report", "page", "--skip-existing").code == 0
+    assert Path("page/index.html").read_bytes() == page
+
+
+# --- processes of their own ------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("sh") is None, reason="needs a shell")
+def test_in_a_pipe(weights: Path) -> None:
+    put("a.png", scene(400, 500))
+    command = f"{sys.executable} -m imgtool infer deblur - -o - --format png --weights {weights}"
+    pipe = subprocess.run(
+        ["sh", "-c", f"cat a.png | {command} | head -c 8"],
+        capture_output=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    assert pipe.stdout == b"\x89PNG\r\n\x1a\n"
+    assert b"Traceback" not in pipe.stderr
+    assert b"Exception" not in pipe.stderr

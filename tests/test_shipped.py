@@ -1,0 +1,111 @@
+"""The weights that ship: they load, describe themselves, and keep their promises on photos."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from safetensors import safe_open
+from torch import nn
+
+from imgtool import checkpoint, engines, images, metrics
+from imgtool.engine import Engine, Watch
+from imgtool.engines.deblur.settings import Infer
+
+ROOT = Path(__file__).parents[1]
+NAMES = checkpoint.shipped()
+EXAMPLES = sorted(path for path in (ROOT / "examples").rglob("*") if path.suffix.lower() in images.WRITABLE)
+DEBLUR = [name for name in NAMES if name.startswith("deblur")]
+SIZES = [(1, 1), (17, 15), (257, 255), (200, 300), (359, 641)]
+
+pytestmark = pytest.mark.skipif(not NAMES, reason="no weights ship yet")
+each_name = pytest.mark.parametrize("name", NAMES)
+each_deblur = pytest.mark.parametrize("name", DEBLUR)
+
+
+def loaded(name: str) -> tuple[Engine, nn.Module]:
+    engine = engines.load(name.split("-")[0])
+    return engine, checkpoint.network(engine, checkpoint.read_weights(checkpoint.find(name), engine.name))
+
+
+def test_every_engines_default_ships() -> None:
+    assert {engines.load(name).weights for name in engines.SUMMARY} <= set(NAMES)
+
+
+@each_name
+def test_the_header_says_what_it_is(name: str) -> None:
+    engine, net = loaded(name)
+    weights = checkpoint.read_weights(checkpoint.find(name), engine.name)
+    assert not net.training
+    assert set(weights.model) == set(engine.model.model_fields)
+    assert {"format", "engine", "model", "imgtool", "scores", "licence", "data"} <= set(weights.header)
+
+
+@each_name
+def test_half_precision_and_finite(name: str) -> None:
+    with safe_open(checkpoint.find(name), "pt") as opened:
+        tensors = [opened.get_tensor(key) for key in opened.keys()]  # noqa: SIM118
+    assert {str(tensor.dtype) for tensor in tensors} == {"torch.float16"}
+    assert all(bool(tensor.isfinite().all()) for tensor in tensors)
+
+
+@each_name
+def test_the_card(name: str) -> None:
+    card = (checkpoint.SHIPPED / f"{name}.md").read_text(encoding="utf-8").lower()
+    for words in ("data", "licence", "seed", f"imgtool train {name.split('-')[0]}", "db"):
+        assert words in card, f"the card of {name} does not speak of {words}"
+
+
+def photo(height: int, width: int) -> npt.NDArray[np.float32]:
+    """Cut a piece out of an example; without examples, draw edges."""
+    if EXAMPLES:
+        pixels = images.to_float(images.read(EXAMPLES[0]).pixels)
+    else:
+        blocks = np.random.default_rng(0).random((60, 100, 3), np.float32)
+        pixels = np.kron(blocks, np.ones((8, 8, 1), np.float32))
+    repeats = (-(-height // pixels.shape[0]), -(-width // pixels.shape[1]), 1)
+    return np.ascontiguousarray(np.tile(pixels, repeats)[:height, :width])
+
+
+def apply(engine: Engine, net: nn.Module, image: npt.NDArray[Any], **settings: Any) -> npt.NDArray[Any]:
+    return engine.apply(net, image, Infer(inputs=("-",), **settings), Watch()).image
+
+
+@each_deblur
+@pytest.mark.parametrize("size", SIZES)
+def test_tiles_are_the_whole_photo(name: str, size: tuple[int, int]) -> None:
+    engine, net = loaded(name)
+    image = photo(*size)
+    whole, tiled = (apply(engine, net, image, tile=tile) for tile in (0, 256))
+    assert np.abs(whole - tiled).max() <= 0.05 / 255
+
+
+@each_deblur
+@pytest.mark.skipif(not EXAMPLES, reason="no photos in examples")
+def test_a_sharp_photo_stays_as_it_is(name: str) -> None:
+    """The examples are blurred; at a quarter of their edge they are sharp."""
+    import cv2
+
+    engine, net = loaded(name)
+    kept = []
+    for path in EXAMPLES[:4]:
+        pixels = images.read_rgb8(path)
+        small = cv2.resize(pixels, None, fx=0.25, fy=0.25, interpolation=cv2.INTER_AREA)
+        out = apply(engine, net, small)
+        kept.append(float(metrics.psnr(metrics.batch_of(out), metrics.batch_of(small))))
+    assert np.mean(kept) >= 45, kept
+
+
+@each_deblur
+@pytest.mark.skipif(not EXAMPLES, reason="no photos in examples")
+def test_a_blurred_example_is_changed(name: str) -> None:
+    engine, net = loaded(name)
+    changed = [
+        np.abs(apply(engine, net, pixels).astype(int) - pixels).max()
+        for pixels in itertools.islice(map(images.read_rgb8, EXAMPLES), 2)
+    ]
+    assert max(changed) > 8
