@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -234,7 +235,7 @@ class Loop:
 
     def _batches(self) -> Iterator[Any]:
         size = self.settings.batch
-        numbers = [range(s * size, (s + 1) * size) for s in range(self.step, self.settings.steps)]
+        numbers = Numbers(self.step * size, self.settings.steps * size, size)
         yield from _load(self.train, numbers, self.settings.workers)
 
     def _freeze(self) -> None:
@@ -322,8 +323,7 @@ class Loop:
         values: dict[str, list[Tensor]] = {}
         pictures: Mapping[str, Tensor] = {}
         total, size = len(self.held_out), max(min(self.settings.batch, 8), 1)
-        numbers = [range(start, min(start + size, total)) for start in range(0, total, size)]
-        for batch in _load(self.held_out, numbers, 0):
+        for batch in _load(self.held_out, Numbers(0, total, size), 0):
             batch = _to(batch, self.device)
             for name, score in self.engine.score(self.ema, batch).items():
                 values.setdefault(name, []).append(score.cpu().double())
@@ -407,7 +407,25 @@ def _collate(samples: Sequence[Any]) -> Any:
     return faults[0] if faults else default_collate(list(samples))
 
 
-def _load(examples: Examples, numbers: Sequence[Sequence[int]], workers: int) -> Iterator[Any]:
+@dataclass(frozen=True)
+class Numbers:
+    """The sample numbers of every batch from ``start`` to ``stop``, made as they are asked for."""
+
+    start: int
+    stop: int
+    size: int
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Yield batch after batch; the last may be short."""
+        for first in range(self.start, self.stop, self.size):
+            yield list(range(first, min(first + self.size, self.stop)))
+
+    def __len__(self) -> int:
+        """Return the number of batches."""
+        return max(math.ceil((self.stop - self.start) / self.size), 0)
+
+
+def _load(examples: Examples, numbers: Numbers, workers: int) -> Iterator[Any]:
     """Yield the batches of the given sample numbers, in their order.
 
     Raises:
@@ -415,7 +433,7 @@ def _load(examples: Examples, numbers: Sequence[Sequence[int]], workers: int) ->
     """
     loader = DataLoader(
         _Guarded(examples),
-        batch_sampler=[list(batch) for batch in numbers],
+        batch_sampler=numbers,
         num_workers=workers,
         collate_fn=_collate,
         worker_init_fn=_start_worker if workers else None,
@@ -424,10 +442,29 @@ def _load(examples: Examples, numbers: Sequence[Sequence[int]], workers: int) ->
         # Else each loader, and so each resume, would draw from the run's own random numbers.
         generator=torch.Generator(),
     )
-    for batch in loader:
+    batches = iter(loader)
+    if workers and hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
+        # Torch's own handler raises wherever the run is, even amid saving; it also looks when it waits.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    while (batch := _next(batches)) is not None:
         if isinstance(batch, ImgtoolError):
             raise batch
         yield batch
+
+
+def _next(batches: Iterator[Any]) -> Any:
+    """Return the next batch, or None; turn the end of a process that should make it into advice."""
+    try:
+        return next(batches, None)
+    except (RuntimeError, ConnectionError, EOFError) as fault:
+        # What ends while it hands over a batch is seen as a broken connection. A fault of the data
+        # set itself begins with "Caught", and is a bug.
+        lost = str(fault).startswith("DataLoader worker")
+        if str(fault).startswith("Caught") or (isinstance(fault, RuntimeError) and not lost):
+            raise
+        raise ImgtoolError(
+            "a process that prepares data was killed, perhaps for its memory", "lower --workers"
+        ) from None
 
 
 def _start_worker(number: int) -> None:
@@ -439,19 +476,13 @@ def _start_worker(number: int) -> None:
 
 @contextmanager
 def _explained() -> Iterator[None]:
-    """Turn what torch says of memory and of lost processes into errors that advise."""
+    """Turn what torch says when memory runs out into advice."""
     try:
         yield
     except (RuntimeError, MemoryError) as fault:
-        if compute.out_of_memory(fault):
-            raise ImgtoolError(
-                "out of memory while training", "lower --batch, or make samples smaller"
-            ) from None
-        if "DataLoader worker" in str(fault):
-            raise ImgtoolError(
-                "a process that prepares data was killed, perhaps for its memory", "lower --workers"
-            ) from None
-        raise
+        if not compute.out_of_memory(fault):
+            raise
+        raise ImgtoolError("out of memory while training", "lower --batch, or make samples smaller") from None
 
 
 def _to(batch: Any, device: torch.device) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 from typing import Any
 
@@ -85,27 +84,15 @@ def test_tiles_are_the_whole_photo(name: str, size: tuple[int, int]) -> None:
 
 
 @each_deblur
-@pytest.mark.skipif(not EXAMPLES, reason="no photos in examples")
 def test_a_sharp_photo_stays_as_it_is(name: str) -> None:
-    """The examples are blurred; at a quarter of their edge they are sharp."""
-    import cv2
-
     engine, net = loaded(name)
-    kept = []
-    for path in EXAMPLES[:4]:
-        pixels = images.read_rgb8(path)
-        small = cv2.resize(pixels, None, fx=0.25, fy=0.25, interpolation=cv2.INTER_AREA)
-        out = apply(engine, net, small)
-        kept.append(float(metrics.psnr(metrics.batch_of(out), metrics.batch_of(small))))
-    assert np.mean(kept) >= 45, kept
+    pixels = images.read_rgb8(ROOT / "examples" / "sharp.jpg")
+    out = apply(engine, net, pixels)
+    assert float(metrics.psnr(metrics.batch_of(out), metrics.batch_of(pixels))) >= 45
 
 
 @each_deblur
-@pytest.mark.skipif(not EXAMPLES, reason="no photos in examples")
-def test_a_blurred_example_is_changed(name: str) -> None:
+def test_a_blurred_photo_is_changed(name: str) -> None:
     engine, net = loaded(name)
-    changed = [
-        np.abs(apply(engine, net, pixels).astype(int) - pixels).max()
-        for pixels in itertools.islice(map(images.read_rgb8, EXAMPLES), 2)
-    ]
-    assert max(changed) > 8
+    pixels = images.read_rgb8(ROOT / "examples" / "blurred.jpg")
+    assert np.abs(apply(engine, net, pixels).astype(int) - pixels).max() > 8

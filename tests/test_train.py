@@ -148,17 +148,20 @@ def assert_same_run(first: Path, second: Path) -> None:
 # --- killed and resumed, on the command line --------------------------------------------------
 
 SIGNALLED = """
-import os, signal, sys
+import os, subprocess, sys
 from imgtool import cli, train
 learn = train.Loop._learn
 def until(loop, batch):
     if loop.step == {step}:
-        os.killpg(0, {number})
+        subprocess.call(["kill", "-{number}", "--", f"-{{os.getpgid(0)}}"])
     learn(loop, batch)
 train.Loop._learn = until
 sys.exit(cli.run(sys.argv[1:]))
 """
-"""The command line, in which all processes of a run get a signal at a step, as a terminal sends it."""
+"""The command line, in which all processes of a run get a signal at a step, as a terminal sends it.
+
+It comes from another process: workers pass over what their own parent sends.
+"""
 
 
 def words(photographs: Path, folder: Path, workers: int = 0) -> list[str]:
@@ -605,11 +608,25 @@ class _Suicidal(Numbers):
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_a_data_process_that_is_killed_is_one_error(tmp_path: Path) -> None:
+def test_a_data_process_that_is_killed_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)
     engine = dataclasses.replace(TOY, data=lambda settings: (_Suicidal(), Numbers(2)))
     with pytest.raises(ImgtoolError, match="a process that prepares data was killed") as caught:
         go(engine, toy(tmp_path, workers=1))
     assert "--workers" in caught.value.hint
+
+
+class _Buggy(Numbers):
+    def __getitem__(self, number: int) -> Batch:
+        raise RuntimeError("a bug of the data set")
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bug_of_the_data_is_not_taken_for_that(workers: int, tmp_path: Path) -> None:
+    engine = dataclasses.replace(TOY, data=lambda settings: (_Buggy(), Numbers(2)))
+    with pytest.raises(RuntimeError, match="a bug of the data set"):
+        go(engine, toy(tmp_path, workers=workers))
 
 
 @pytest.mark.usefixtures("undrawn")

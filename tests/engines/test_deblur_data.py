@@ -430,6 +430,16 @@ def test_held_out_photos_are_not_trained_on(count: int, tmp_path: Path) -> None:
     assert used(held)
 
 
+@pytest.mark.parametrize("chosen", [True, False])
+def test_there_is_always_something_on_either_side(
+    chosen: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However few the photos, and whatever their names decide."""
+    monkeypatch.setattr(data, "_held", lambda name, share: chosen)
+    train, held = data.load(settings(photos=(photos(tmp_path, 3),)))
+    assert (len(used(train)), len(used(held))) == (2, 1)
+
+
 def test_a_name_decides_which_photo_is_held_out(tmp_path: Path) -> None:
     """More photos in the folder do not move one from one side to the other."""
     photos(tmp_path, 60, height=4, width=4)
