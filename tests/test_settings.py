@@ -76,7 +76,7 @@ def test_only_what_was_given_counts_as_set(here: Path) -> None:
         ),
         ("[train.deblur]\nsteps = 'many'", "imgtool.toml: steps: input should be a valid integer", "steps: "),
         ("[train.deblur]\nsteps = 0", "greater than or equal to 1, not 0", "steps: "),
-        ("[train.deblur]\nloss = 'l2'", "imgtool.toml: loss: input should be 'charbonnier-fft'", "loss: "),
+        ("[train.deblur]\nloss = 'l2'", "imgtool.toml: loss: input should be 'relative-mse'", "loss: "),
         ("[train.deblur]\ncrop = 250", "multiple of 16, not 250", "crop: "),
         ("train = 3", "[train] in imgtool.toml is not a table", "[train."),
         ("[train]\ndeblur = 3", "train.deblur in imgtool.toml is not a table", "[train.deblur]"),
