@@ -131,6 +131,8 @@ def read_weights(path: Path, engine: str) -> Weights:
         raise ImgtoolError(
             f"{path} was not written by imgtool", "give a .safetensors file made by imgtool train"
         )
+    if not isinstance(header.get("engine"), str) or not isinstance(header.get("model"), dict):
+        raise ImgtoolError(f"{path} is damaged: its header is incomplete", "take another copy of it")
     if header["engine"] != engine:
         raise ImgtoolError(
             f"{path} holds weights of the {header['engine']} engine, not of {engine}",
@@ -194,8 +196,7 @@ def read_state(path: Path, names: Iterable[str]) -> dict[str, Any]:
         state: dict[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         lacking = [name for name in names if name not in state]
     except Exception as fault:  # noqa: BLE001 - torch raises whatever the unpickler met
-        reason = (str(fault).splitlines() or [type(fault).__name__])[0]
-        raise ImgtoolError(f"{path} is damaged: {reason}", "start the run again") from None
+        raise ImgtoolError(f"{path} is damaged ({type(fault).__name__})", "start the run again") from None
     if lacking:
         raise ImgtoolError(f"{path} is no state of a run: it lacks {lacking[0]}", "start the run again")
     return state

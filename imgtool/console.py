@@ -37,8 +37,21 @@ def plain(value: Any) -> Any:
 def _write(stream: TextIO, text: str) -> None:
     """Write a line at once; what the stream's encoding lacks is written as an escape."""
     encoding = stream.encoding or "utf-8"
-    stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
-    stream.flush()
+    with _told():
+        stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+        stream.flush()
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Turn a full disk behind a redirection into an error; a closed pipe stays what it is."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as fault:
+        what = f"cannot write the result: {fault.strerror or fault}"
+        raise ImgtoolError(what, "make room where it is redirected to") from None
 
 
 class Bar:
@@ -149,8 +162,9 @@ class Console:
         """
         self.check_binary()
         self._results_to_stderr = True
-        sys.stdout.buffer.write(data)
-        sys.stdout.buffer.flush()
+        with _told():
+            sys.stdout.buffer.write(data)
+            sys.stdout.buffer.flush()
 
     @contextmanager
     def progress(self, total: int, label: str) -> Iterator[Bar]:

@@ -200,4 +200,4 @@ class Engine:
     higher_is_better: bool
     scale: int
     weights: str
-    baseline: Callable[[Pixels], Pixels]
+    baseline: Callable[..., Pixels]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import glob
+import json
 import os
 import secrets
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from imgtool.errors import FAILED, USAGE, ImgtoolError
 
@@ -138,6 +140,19 @@ def atomic(target: Path) -> Iterator[Path]:
         raise _unwritable(target, fault) from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def json_lines(source: Path) -> list[dict[str, Any]]:
+    """Read one JSON object a line; a line that a killed process left unfinished is left out."""
+    found = []
+    for line in read(source).decode(errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(row, dict):
+            found.append(row)
+    return found
 
 
 def write(target: Path, data: bytes) -> None:

@@ -31,12 +31,18 @@ def _listed(engine: Engine, settings: Infer) -> list[tuple[files.Item, Path | No
     if None in targets and settings.compare:
         raise ImgtoolError("--compare writes beside the output, which is not a file", "give -o FILE", USAGE)
     for item, target in zip(items, targets, strict=True):
-        images.file_type(_form(settings, item, target))
+        _check_form(_form(settings, item, target), target)
     return list(zip(items, targets, strict=True))
 
 
 def _form(settings: Infer, item: files.Item, target: Path | None) -> str:
     return settings.format or (target.suffix if target else images.extension(item.source))
+
+
+def _check_form(form: str, target: Path | None) -> None:
+    kind = images.file_type(form)
+    if target and target.suffix and images.file_type(target.suffix) != kind:
+        raise ImgtoolError(f"{target} is not named like a {form} file", "let -o and --format agree", USAGE)
 
 
 def _weights(engine: Engine, settings: Infer) -> checkpoint.Weights:
@@ -72,6 +78,7 @@ def run(engine: Engine, settings: Infer, console: Console) -> int:
         files.check_new(page, settings.force or settings.skip_existing)
     compute.use_threads(settings.threads)
     batch = Batch(engine, settings, console, _weights(engine, settings))
+    batch.load()
     try:
         with console.progress(len(pairs), f"infer {engine.name}") as bar:
             for number, (item, target) in enumerate(pairs, 1):
@@ -98,29 +105,39 @@ def _check_stream(pairs: list[tuple[files.Item, Path | None]], console: Console)
 
 @dataclass
 class Batch:
-    """The work on a list of inputs: one network, loaded when first needed, and what failed."""
+    """The work on a list of inputs: one network, and what failed."""
 
     engine: Engine
     settings: Infer
     console: Console
     weights: checkpoint.Weights
+    net: nn.Module = field(init=False)
     failures: list[tuple[str, ImgtoolError]] = field(default_factory=list)
     entries: list[report.Entry] = field(default_factory=list)
-    net: nn.Module | None = None
 
     def work(self, item: files.Item, target: Path | None, bar: Bar, place: str) -> None:
         """Process one input and say how it went."""
-        if target and self.settings.skip_existing and target.exists():
-            self.console.detail(f"{place} {item.name}: {target} exists, left out")
-            return
         if not self.console.live:
             self.console.detail(f"{place} {item.name}")
         try:
-            self._one(item, target, bar)
+            if target and self.settings.skip_existing and target.exists():
+                self._left_out(item, target)
+            else:
+                self._one(item, target, bar)
         except ImgtoolError as fault:
             self._failed(item, fault)
         except MemoryError:
             self._failed(item, ImgtoolError("out of memory", "close other programs, or shrink the photo"))
+
+    def _left_out(self, item: files.Item, target: Path) -> None:
+        """Say that an output is there already; the page shows it as if it were made now."""
+        record = {"input": item.name, "output": str(target), "skipped": True}
+        self.console.result(record)
+        self.console.say(f"{item.name}: {target} exists, left out")
+        if self.settings.report and item.source:
+            before, after = images.read(item.source), images.read(target)
+            facts = {"left out": "it was there already"}
+            self.entries.append(report.entry(item.name, before.pixels, after.pixels, facts))
 
     def _failed(self, item: files.Item, fault: ImgtoolError) -> None:
         self.failures.append((item.name, fault))
@@ -129,12 +146,14 @@ class Batch:
         if self.settings.report:
             self.entries.append(report.failed(item.name, fault.what, fault.hint))
 
-    def _network(self) -> nn.Module:
-        if self.net is None:
-            where = compute.device(self.settings.device)
-            self.net = checkpoint.network(self.engine, self.weights).to(where)
-            self.net = compute.channels_last(self.net)
-        return self.net
+    def load(self) -> None:
+        """Build the network, before the first photo: what is wrong with it is not a photo's fault.
+
+        Raises:
+            ImgtoolError: The device is not there, or the weights do not fit.
+        """
+        where = compute.device(self.settings.device)
+        self.net = compute.channels_last(checkpoint.network(self.engine, self.weights).to(where))
 
     def _one(self, item: files.Item, target: Path | None, bar: Bar) -> None:
         for path in self._written(target):
@@ -144,7 +163,7 @@ class Batch:
         watch = Watch(
             lambda done, total: bar.update(f"tile {done}/{total}") if total > 1 else None, self.console.say
         )
-        result = self.engine.apply(self._network(), photo.pixels, self.settings, watch)
+        result = self.engine.apply(self.net, photo.pixels, self.settings, watch)
         after = photo.with_pixels(result.image)
         self._put(after, target, item)
         height, width = result.image.shape[:2]

@@ -82,7 +82,7 @@ def _at_home(value: Any) -> Any:
 class Settings(BaseModel):
     """Base of all settings: frozen, no unknown names, usable from Python as keyword arguments."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
     example: ClassVar[str] = ""
 
     @field_validator("*", mode="after")

@@ -179,8 +179,8 @@ class Loop:
     def _rows(self) -> list[dict[str, Any]]:
         """Return the log up to this step: a run that was killed may have written more than it saved."""
         log = self.folder / LOG
-        rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
-        return [row for row in rows if row["step"] <= self.step]
+        rows = files.json_lines(log) if log.exists() else []
+        return [row for row in rows if row.get("step", math.inf) <= self.step]
 
     def _write_log(self, rows: Sequence[Mapping[str, Any]]) -> None:
         text = "".join(json.dumps(plain(row), allow_nan=False) + "\n" for row in rows)
@@ -196,8 +196,8 @@ class Loop:
 
     def go(self) -> None:
         """Run to the last step, to the early stop, or to the interrupt."""
-        record = self.settings.changed(resume=None)  # with --config it repeats the run, from its start
-        files.write(self.folder / SETTINGS, to_toml(record, "train", self.engine.name).encode())
+        if not self.settings.resume:
+            self._write_settings()
         self._write_log(self._rows())
         parameters = sum(p.numel() for p in self.net.parameters())
         self.console.say(
@@ -209,13 +209,21 @@ class Loop:
             self.console.progress(self.settings.steps, f"train {self.engine.name}") as progress,
         ):
             progress.advance(self.step)
+            resumed_at = self.step
             self.began = time.monotonic()
             for batch in self._batches():
                 self._learn(batch)
                 progress.advance(1)
+                if self.settings.resume and self.step == resumed_at + 1:
+                    self._write_settings()  # not before: what was given now may not even run
                 if self._after_step(progress):
                     break
         self._finish()
+
+    def _write_settings(self) -> None:
+        """Record the settings; with --config they repeat the run, from its start, in a folder of its own."""
+        record = self.settings.changed(resume=None, out=None)
+        files.write(self.folder / SETTINGS, to_toml(record, "train", self.engine.name).encode())
 
     def _after_step(self, progress: Bar) -> bool:
         """Validate and save where it is time to; tell whether to stop early."""
@@ -355,10 +363,15 @@ class Loop:
         sheets.sheet(images, self.folder / "samples" / f"epoch-{epoch:04d}.png", title=f"epoch {epoch}")
 
     def _finish(self) -> None:
+        if not self.best:
+            raise ImgtoolError(
+                f"no finite {self.engine.best} was ever reached: there are no weights",
+                "lower --lr and start again",
+            )
         last = {
             "best": self.best,
             "folder": str(self.folder),
-            "weights": str(self.folder / BEST) if self.best else None,
+            "weights": str(self.folder / BEST),
         }
         if self.skipped:
             self.console.warn(f"{self.skipped} steps were skipped: their loss or gradient was not finite")
@@ -468,9 +481,12 @@ def _next(batches: Iterator[Any]) -> Any:
 
 
 def _start_worker(number: int) -> None:
-    """Leave signals to the main process, which may still need its data, and one core to each worker."""
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, signal.SIG_IGN)
+    """Leave Ctrl-C to the main process, which may still need its data, and one core to each worker.
+
+    SIGTERM must end a worker: by it the main process, when it ends, ends those that still wait.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
 
 

@@ -236,7 +236,11 @@ def test_skip_existing_resumes_a_batch(infer: Run) -> None:
     first = Path("out/a.png").stat().st_mtime_ns
     done = infer("in", "-o", "out", "--skip-existing", "--json")
     assert done.code == 0
-    assert [line["output"] for line in done.lines] == ["out/b.png", "out/c.png"]
+    assert [(line["output"], "skipped" in line) for line in done.lines] == [
+        ("out/a.png", True),
+        ("out/b.png", False),
+        ("out/c.png", False),
+    ]
     assert Path("out/a.png").stat().st_mtime_ns == first
 
 
@@ -668,12 +672,34 @@ def test_a_page_that_exists(infer: Run) -> None:
     assert Path("page/index.html").read_text() != "mine"
 
 
-def test_a_run_that_leaves_everything_out_leaves_the_page_as_it_was(infer: Run) -> None:
+def test_the_page_also_shows_what_is_left_out(infer: Run) -> None:
     put("a.png")
     infer("a.png", "--report", "page")
-    page = Path("page/index.html").read_bytes()
-    assert infer("a.png", "--report", "page", "--skip-existing").code == 0
-    assert Path("page/index.html").read_bytes() == page
+    put("b.png")
+    assert infer("a.png", "b.png", "--report", "page", "--skip-existing").code == 0
+    page = Path("page/index.html").read_text()
+    assert "a.png" in page
+    assert "b.png" in page
+
+
+def test_a_form_and_a_name_that_disagree_are_refused(infer: Run) -> None:
+    put("a.png")
+    done = infer("a.png", "-o", "b.png", "--format", "jpg")
+    assert (done.code, listing()) == (2, ["a.png"])
+    assert "--format" in done.err
+
+
+def test_a_device_that_is_not_there_is_told_once(infer: Run) -> None:
+    put("a.png")
+    put("b.png")
+    done = infer("a.png", "b.png", "-o", "out/", "--device", "cuda:99")
+    assert (done.code, done.err.count("error:")) == (2, 1)
+
+
+def test_an_overlap_that_is_too_small_is_said(infer: Run) -> None:
+    put("a.png")
+    assert "--overlap 8" in infer("a.png", "-o", "b.png", "--overlap", "8").err
+    assert "--overlap" not in infer("a.png", "-o", "c.png").err
 
 
 # --- processes of their own ------------------------------------------------------------------

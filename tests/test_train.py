@@ -520,18 +520,21 @@ def test_lower_may_be_better(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 @pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("scores", [(5.0, 4.0, 5.0, 9.0), (math.nan, math.nan, math.nan, 9.0)])
 def test_patience_ends_the_run(scores: tuple[float, ...], tmp_path: Path) -> None:
-    patience = 2 if scores[0] == 5.0 else 3
-    go(_scored(*scores), toy(tmp_path, steps=16, patience=patience))
+    finite = scores[0] == 5.0
+    settings = toy(tmp_path, steps=16, patience=2 if finite else 3)
+    if finite:
+        go(_scored(*scores), settings)
+    else:
+        with pytest.raises(ImgtoolError, match="no finite"):
+            go(_scored(*scores), settings)
     assert [row["epoch"] for row in rows(tmp_path)] == [1, 2, 3]
     assert state(tmp_path)["step"] == 12
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_without_a_finite_score_there_are_no_weights(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    go(_scored(math.nan, math.nan), toy(tmp_path))
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["weights"] is None
+def test_without_a_finite_score_there_are_no_weights(tmp_path: Path) -> None:
+    with pytest.raises(ImgtoolError, match="no weights"):
+        go(_scored(math.nan, math.nan), toy(tmp_path))
     assert not (tmp_path / "best.safetensors").exists()
 
 

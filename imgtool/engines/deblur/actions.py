@@ -31,19 +31,6 @@ SHOWN = 8
 """Pairs on the preview."""
 
 
-def _rows(path: Path) -> dict[str, Row]:
-    """Read a list of pairs; a line that a killed process left unfinished is left out."""
-    found: dict[str, Row] = {}
-    for line in files.read(path).decode(errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(row, dict):
-            found[str(row.get("name"))] = row
-    return found
-
-
 class Pairs:
     """A folder of pairs being written, with the list of those that are there."""
 
@@ -58,7 +45,8 @@ class Pairs:
             ImgtoolError: The folder holds other pairs, or all of these already.
         """
         self.folder, self.list, self.wanted = folder, folder / LIST, wanted
-        self.rows = _rows(self.list) if self.list.exists() else {}
+        rows = files.json_lines(self.list) if self.list.exists() else []
+        self.rows: dict[str, Row] = {str(row.get("name")): row for row in rows}
         if not self._ours():
             raise ImgtoolError(f"{folder} already holds other pairs", "name another folder by -o")
         if len(self.rows) == len(wanted):

@@ -160,7 +160,7 @@ def _quality(
         ):
             values[name].append(value)
         for sigma, amount in UNSHARP:
-            values[str((sigma, amount))].append(psnr(engine.baseline(blurred, sigma, amount), sharp))  # type: ignore[call-arg]
+            values[str((sigma, amount))].append(psnr(engine.baseline(blurred, sigma, amount), sharp))
         rows.append((blurred_path.name, f"{before:.2f}", f"{after:.2f}", f"{after - before:+.2f}"))
         if settings.report and number < 20:
             sheets.compare(

@@ -100,6 +100,9 @@ def apply(net: nn.Module, image: Pixels, settings: Infer, watch: Watch) -> Resul
         ImgtoolError: For tiles of a network that may not be cut, or when memory runs out.
     """
     facts = tile_facts(net)
+    if facts.local and settings.overlap < facts.halo:
+        reach = f"less than the network reaches ({facts.halo}): tiles may show"
+        watch.say(f"--overlap {settings.overlap} is {reach}")
     if settings.strength == 0 or not isinstance(net, model.UNetLite):
         out, count, edge = tiles.run(net, image, _plan(image, settings, facts), facts, watch)
     else:

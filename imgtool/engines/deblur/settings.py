@@ -15,7 +15,7 @@ class Model(Settings):
 
     arch: Literal["unet-lite", "unet-seed"] = setting(
         "unet-lite",
-        "Network: unet-lite (2.6 M parameters, strictly local) or unet-seed (8.6 M, GroupNorm).",
+        "Network: unet-lite (3.0 M parameters, local) or unet-seed (8.6 M, GroupNorm).",
         panel="Model",
     )
 
@@ -87,7 +87,11 @@ class Infer(common.Infer):
         le=65536,
     )
     overlap: int = setting(
-        64, "Context around each tile, computed and thrown away, in pixels.", panel="Network", ge=0, le=1024
+        64,
+        "Context around each tile, computed and thrown away, in pixels; from 64 on tiles are exact.",
+        panel="Network",
+        ge=0,
+        le=1024,
     )
     memory: float = setting(
         1.0,
