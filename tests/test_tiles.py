@@ -472,7 +472,8 @@ def test_memory_beyond_the_tile_is_one_input_and_one_output() -> None:
     base, peak, count, _ = child(4000, 6000, 1024)
     assert count == 24
     assert peak < 2000
-    assert peak - base < 72 + 200  # MB: the output, and some copies of a tile, not of the photo (288)
+    # MB: the output and copies of a tile (up to 230 seen); a float copy of the photo would add 288 to that.
+    assert peak - base < 72 + 270
 
 
 @pytest.mark.slow
