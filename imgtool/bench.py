@@ -18,7 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from imgtool import checkpoint, engines, files
+from imgtool import checkpoint, engines, files, images
 from imgtool.console import plain
 from imgtool.engine import Engine, Subject, Timing, Watch
 from imgtool.errors import DONE, FAILED, ImgtoolError
@@ -208,7 +208,8 @@ def _work(engine: Engine, image: Any, order: Mapping[str, Any]) -> Callable[[], 
         net = checkpoint.network(engine, checkpoint.read_weights(Path(order["weights"]), engine.name))
     net = compute.channels_last(net.to(compute.device(order["device"])))
     infer = make(engines.settings(engine.name).Infer, {"inputs": ("-",), **order["settings"]}, "bench")
-    return lambda: engine.apply(net, image, infer, Watch())
+    photo = images.Photo(image)
+    return lambda: engine.apply(net, photo, infer, Watch())
 
 
 def answer(order: Mapping[str, Any]) -> dict[str, Any]:

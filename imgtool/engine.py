@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -10,9 +10,11 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from torch import Tensor, nn
 
+    from imgtool.images import Photo
     from imgtool.settings import Settings
 
     Pixels = npt.NDArray[Any]
+    Surveyed = Sequence[tuple[str, Callable[[], Photo]]]
 
 Terms = Mapping[str, "Tensor"]
 
@@ -62,11 +64,23 @@ class Result:
 
     Attributes:
         image: ``(H, W, 3)`` RGB in the input's own data type.
+            Where it is the very array of the photo, the photo is left as it is: where the format
+            stays the same, the output is a copy of the input's bytes.
         facts: The engine's part of the JSON contract.
+        alpha: ``(H, W)`` of the same type, where the engine makes or moves the photo's alpha; None
+            keeps the photo's own.
+        files: Files beside the output: suffix, such as ".lens.yml", to content. The output's stem is
+            put in front. ``Engine.beside`` tells the suffixes before.
+        row: The photo's row in ``Engine.table``: column to value.
+        xmp: Properties in Adobe's namespace ``metadata.AUX`` that the output's XMP is to state.
     """
 
     image: Pixels
     facts: Mapping[str, object] = field(default_factory=dict)
+    alpha: Pixels | None = None
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    row: Mapping[str, object] = field(default_factory=dict)
+    xmp: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -168,8 +182,8 @@ class Engine:
         data: ``(train, held_out)`` data sets for the settings.
         loss: ``(net, batch) -> {term: scalar}``; the sum is minimised, each term is logged.
         score: ``(net, batch) -> {metric: (B,) values}`` on held-out data.
-        apply: ``(net, image, settings, watch) -> Result``; the image is ``(H, W, 3)`` RGB, uint8, uint16
-            (full range) or float32 (nominally 0..1).
+        apply: ``(net, photo, settings, watch) -> Result``; its pixels are ``(H, W, 3)`` RGB, uint8, uint16
+            (full range) or float32 (nominally 0..1), and upright.
         samples: ``(net, batch) -> {label: (B, 3, H, W) in 0..1}``, for the sample sheets.
         tiles: What may be assumed of a network when an image is cut into tiles.
         bench: ``(settings, lab) -> Report``; the lab has ``network()``, ``measure(subjects)``,
@@ -182,6 +196,17 @@ class Engine:
         scale: Output size over input size.
         weights: Name of the shipped weights used by default.
         baseline: The classical method that ``bench`` compares with.
+        begin: ``(net, settings) -> words``: fill a new network before a fresh run, as with weights
+            learnt elsewhere; ``build`` never does. What it returns is said to the user, "" is not.
+        otherwise: The metric that chooses, in the same direction, where held-out data does not tell ``best``.
+        table: Name of a table in the output folder, such as "coefficients.csv", with a row for each
+            photo (``Result.row``); "" keeps none.
+        beside: ``(settings) -> suffixes`` of the files that ``Result.files`` will hold.
+        survey: ``(net, photos, settings, watch) -> entries``, called once before the first photo where
+            ``wants_survey(settings)``. Photos are ``(name, read)``; ``read()`` gives the photo or raises
+            ``ImgtoolError``, which must not stop the survey. One entry per photo: ``apply`` gets it as
+            a fifth argument.
+        wants_survey: Whether the settings ask for it.
     """
 
     name: str
@@ -190,7 +215,7 @@ class Engine:
     data: Callable[[Any], tuple[Examples, Examples]]
     loss: Callable[[nn.Module, Any, Any], Terms]
     score: Callable[[nn.Module, Any], Terms]
-    apply: Callable[[nn.Module, Pixels, Any, Watch], Result]
+    apply: Callable[..., Result]
     samples: Callable[[nn.Module, Any], Mapping[str, Tensor]]
     tiles: Callable[[nn.Module], TileFacts]
     bench: Callable[[Any, Any], Report]
@@ -201,3 +226,9 @@ class Engine:
     scale: int
     weights: str
     baseline: Callable[..., Pixels]
+    begin: Callable[[nn.Module, Any], str] | None = None
+    otherwise: str = ""
+    table: str = ""
+    beside: Callable[[Any], Sequence[str]] = lambda settings: ()
+    survey: Callable[[nn.Module, Surveyed, Any, Watch], Sequence[object]] | None = None
+    wants_survey: Callable[[Any], bool] = lambda settings: False

@@ -240,14 +240,18 @@ def _one(text: str, suffixes: Collection[str]) -> list[Item]:
 
 
 def _without_own(items: list[Item], engine: str) -> list[Item]:
-    """Leave out found files named ``<stem>-<engine>`` whose ``<stem>`` was found beside them."""
+    """Leave out found outputs ``<stem>-<engine>``, and pictures of them, whose ``<stem>`` is beside them."""
     stems = {item.source.with_suffix("") for item in items if item.source}
-    ending = f"-{engine}"
+    endings = [f"-{engine}{more}" for more in ("", "-compare", "-side-by-side")]
 
     def own(item: Item) -> bool:
-        if item.source is None or not item.folder or not item.source.stem.endswith(ending):
+        source = item.source
+        if source is None or not item.folder:
             return False
-        return item.source.with_name(item.source.stem.removesuffix(ending)) in stems
+        return any(
+            source.stem.endswith(ending) and source.with_name(source.stem.removesuffix(ending)) in stems
+            for ending in endings
+        )
 
     return [item for item in items if not own(item)]
 
@@ -277,8 +281,15 @@ def expand(inputs: Sequence[str], suffixes: Collection[str], engine: str = "") -
     return [item for item in found if id(item) in kept]
 
 
-def _is_folder(items: Sequence[Item], out: str) -> bool:
-    """Decide whether -o names a folder: for many inputs it has to."""
+def is_folder(items: Sequence[Item], out: str | None) -> bool:
+    """Decide whether -o names a folder: for many inputs it has to.
+
+    Raises:
+        ImgtoolError: Code 2, where it names a file for many inputs.
+    """
+    if out in (None, "-"):
+        return False
+    out = str(out)
     path = Path(out)
     if path.is_dir() or out.endswith(("/", os.sep)):
         return True
@@ -347,7 +358,7 @@ def outputs(
             f"standard output takes one photo, not {len(items)}", "give a folder: -o DIR/", USAGE
         )
     try:
-        folder = out not in (None, "-") and _is_folder(items, str(out))
+        folder = is_folder(items, out)
         places = [_place(item, engine, out, folder, extension(item)) for item in items]
         _refuse_clashes(items, places)
     except OSError as fault:  # a folder that may not be looked into, a name that is too long

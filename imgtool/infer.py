@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from imgtool import checkpoint, compute, files, images, report, sheets
+from imgtool import checkpoint, compute, files, images, outputs, report, sheets
 from imgtool.engine import Engine, Result, Watch
 from imgtool.errors import DONE, FAILED, USAGE, ImgtoolError
+from imgtool.images import metadata
 from imgtool.settings import Infer
 
 if TYPE_CHECKING:
@@ -20,16 +22,20 @@ if TYPE_CHECKING:
     from imgtool.console import Bar, Console
 
 PAGE = "index.html"
+Pair = tuple[files.Item, Path | None]
 
 
-def _listed(engine: Engine, settings: Infer) -> list[tuple[files.Item, Path | None]]:
+def _listed(engine: Engine, settings: Infer) -> list[Pair]:
     """Return every input and its output, None for standard output."""
     items = files.expand(settings.inputs, images.READABLE, engine.name)
     targets = files.outputs(
         items, engine.name, settings.out, lambda item: settings.format or images.extension(item.source)
     )
-    if None in targets and settings.compare:
-        raise ImgtoolError("--compare writes beside the output, which is not a file", "give -o FILE", USAGE)
+    for name in ("compare", "side_by_side", "zip"):
+        if None in targets and getattr(settings, name):
+            flag = name.replace("_", "-")
+            what = f"--{flag} needs outputs that are files, and standard output is none"
+            raise ImgtoolError(what, "give -o FILE", USAGE)
     for item, target in zip(items, targets, strict=True):
         _check_form(_form(settings, item, target), target)
     return list(zip(items, targets, strict=True))
@@ -69,30 +75,31 @@ def run(engine: Engine, settings: Infer, console: Console) -> int:
         0, or 1 where any input failed (a single input's own code).
 
     Raises:
-        ImgtoolError: For what concerns all inputs: nothing found, unknown weights or device.
+        ImgtoolError: For what concerns all inputs: nothing found, unknown weights or device, a table,
+            page or archive that exists.
     """
     pairs = _listed(engine, settings)
     _check_stream(pairs, console)
     page = settings.report / PAGE if settings.report else None
-    if page:
-        files.check_new(page, settings.force or settings.skip_existing)
+    for path in (page, settings.zip):
+        if path:
+            files.check_new(path, settings.force or settings.skip_existing)
     compute.use_threads(settings.threads)
-    batch = Batch(engine, settings, console, _weights(engine, settings))
+    batch = Batch(engine, settings, console, _weights(engine, settings), pairs)
+    batch.open_table()
     batch.load()
     try:
         with console.progress(len(pairs), f"infer {engine.name}") as bar:
-            for number, (item, target) in enumerate(pairs, 1):
-                batch.work(item, target, bar, f"{number}/{len(pairs)}")
-                bar.advance(1)
-                if batch.failures and settings.fail_fast:
-                    break
+            batch.work(bar)
     finally:  # a batch that is interrupted has its page too, of what was done
         if page and batch.entries:
             batch.write_page(page, len(pairs))
+    if settings.zip and batch.made:
+        batch.write_archive(settings.zip)
     return batch.verdict(len(pairs))
 
 
-def _check_stream(pairs: list[tuple[files.Item, Path | None]], console: Console) -> None:
+def _check_stream(pairs: list[Pair], console: Console) -> None:
     """Refuse, before anything is computed, a photo on standard output that nobody could use there."""
     if all(target for _, target in pairs):
         return
@@ -105,25 +112,88 @@ def _check_stream(pairs: list[tuple[files.Item, Path | None]], console: Console)
 
 @dataclass
 class Batch:
-    """The work on a list of inputs: one network, and what failed."""
+    """The work on a list of inputs: one network, what was made, and what failed."""
 
     engine: Engine
     settings: Infer
     console: Console
     weights: checkpoint.Weights
+    pairs: list[Pair]
     net: nn.Module = field(init=False)
+    folder: Path | None = None
+    names: Mapping[Path, str] = field(default_factory=dict)
+    table: outputs.Table | None = None
     failures: list[tuple[str, ImgtoolError]] = field(default_factory=list)
     entries: list[report.Entry] = field(default_factory=list)
+    made: list[Path] = field(default_factory=list)
+    _stream: bytes = b""
 
-    def work(self, item: files.Item, target: Path | None, bar: Bar, place: str) -> None:
+    def open_table(self) -> None:
+        """Name the outputs within their folder, and begin or go on with the engine's table.
+
+        Raises:
+            ImgtoolError: A table exists that may not be overwritten, or is damaged.
+        """
+        settings = self.settings
+        if files.is_folder([item for item, _ in self.pairs], settings.out):
+            self.folder = Path(str(settings.out))
+        self.names = outputs.below(self.folder, [target for _, target in self.pairs if target])
+        if not self.folder or not self.engine.table:
+            return
+        self.table = outputs.Table(self.folder / self.engine.table, list(self.names.values()))
+        files.check_new(self.table.path, settings.force or settings.skip_existing)
+        if settings.skip_existing:
+            self.table.load()
+
+    def load(self) -> None:
+        """Build the network, before the first photo: what is wrong with it is not a photo's fault.
+
+        Raises:
+            ImgtoolError: The device is not there, or the weights do not fit.
+        """
+        where = compute.device(self.settings.device)
+        self.net = compute.channels_last(checkpoint.network(self.engine, self.weights).to(where))
+
+    def work(self, bar: Bar) -> None:
+        """Process every input, after a look at all of them where the engine wants one."""
+        surveyed = self._survey(bar)
+        for number, (item, target) in enumerate(self.pairs, 1):
+            if not self.console.live:
+                self.console.detail(f"{number}/{len(self.pairs)} {item.name}")
+            self._each(item, target, bar, [surveyed[number - 1]] if surveyed else [])
+            bar.advance(1)
+            if self.failures and self.settings.fail_fast:
+                break
+
+    def _survey(self, bar: Bar) -> Sequence[object]:
+        """Let the engine look at every photo, also at those whose output is there already."""
+        engine = self.engine
+        if (
+            engine.survey is None
+            or not engine.wants_survey(self.settings)
+            or all(map(self._is_done, self.pairs))
+        ):
+            return ()
+        readers: list[tuple[str, Callable[[], images.Photo]]] = [
+            (item.name, partial(self._photo, item)) for item, _ in self.pairs
+        ]
+        watch = Watch(lambda done, total: bar.update(f"looking at {done}/{total}"), self.console.say)
+        return engine.survey(self.net, readers, self.settings, watch)
+
+    def _is_done(self, pair: Pair) -> bool:
+        """Tell whether an input is left out: its output exists, and so does its row in the table."""
+        _, target = pair
+        if target is None or not self.settings.skip_existing or not target.exists():
+            return False
+        return self.table is None or self.names[target] in self.table.rows
+
+    def _each(self, item: files.Item, target: Path | None, bar: Bar, known: list[object]) -> None:
         """Process one input and say how it went."""
-        if not self.console.live:
-            self.console.detail(f"{place} {item.name}")
         try:
-            if target and self.settings.skip_existing and target.exists():
+            if target and self._is_done((item, target)):
                 self._left_out(item, target)
             else:
-                self._one(item, target, bar)
+                self._one(item, target, bar, known)
         except ImgtoolError as fault:
             self._failed(item, fault)
         except MemoryError:
@@ -134,6 +204,7 @@ class Batch:
         record = {"input": item.name, "output": str(target), "skipped": True}
         self.console.result(record)
         self.console.say(f"{item.name}: {target} exists, left out")
+        self.made.append(target)
         if self.settings.report and item.source:
             before, after = images.read(item.source), images.read(target)
             facts = {"left out": "it was there already"}
@@ -146,28 +217,28 @@ class Batch:
         if self.settings.report:
             self.entries.append(report.failed(item.name, fault.what, fault.hint))
 
-    def load(self) -> None:
-        """Build the network, before the first photo: what is wrong with it is not a photo's fault.
+    def _photo(self, item: files.Item) -> images.Photo:
+        """Read an input; standard input is read once and kept."""
+        if item.source is None:
+            self._stream = self._stream or sys.stdin.buffer.read()
+        return images.read(item.source or self._stream, item.name)
 
-        Raises:
-            ImgtoolError: The device is not there, or the weights do not fit.
-        """
-        where = compute.device(self.settings.device)
-        self.net = compute.channels_last(checkpoint.network(self.engine, self.weights).to(where))
-
-    def _one(self, item: files.Item, target: Path | None, bar: Bar) -> None:
+    def _one(self, item: files.Item, target: Path | None, bar: Bar, known: list[object]) -> None:
+        # An output without its row was interrupted between the two: it is made again.
+        again = (
+            self.table is not None and self.settings.skip_existing and target is not None and target.exists()
+        )
         for path in self._written(target):
-            files.check_new(path, self.settings.force)
+            files.check_new(path, self.settings.force or again)
         began = time.monotonic()
-        photo = images.read(item.source or sys.stdin.buffer.read(), item.name)
+        photo = self._photo(item)
         watch = Watch(
             lambda done, total: bar.update(f"tile {done}/{total}") if total > 1 else None, self.console.say
         )
-        result = self.engine.apply(self.net, photo.pixels, self.settings, watch)
-        after = photo.with_pixels(result.image)
-        self._put(after, target, item)
+        result = self.engine.apply(self.net, photo, self.settings, watch, *known)
+        untouched = self._put(photo, result, target, item)
         height, width = result.image.shape[:2]
-        record = {
+        record: dict[str, Any] = {
             "input": item.name,
             "output": str(target or "-"),
             "engine": self.engine.name,
@@ -177,33 +248,56 @@ class Batch:
             "seconds": time.monotonic() - began,
             "facts": result.facts,
         }
+        if untouched:
+            record["untouched"] = True
         self._picture(item, target, photo, result)
-        self.console.result(
-            record, f"{item.name} -> {target or '-'}  {width}x{height}  {record['seconds']:.1f} s"
-        )
+        if self.table and target:
+            self.table.add(self.names[target], result.row)
+        note = "  left as it is" if untouched else ""
+        size = f"{width}x{height}  {record['seconds']:.1f} s"
+        self.console.result(record, f"{item.name} -> {target or '-'}  {size}{note}")
 
     def _written(self, target: Path | None) -> list[Path]:
+        """Return every file that an input's work will write."""
         if target is None:
             return []
-        return [target, _sheet(target)] if self.settings.compare else [target]
+        found = [outputs.beside(target, suffix) for suffix in self.engine.beside(self.settings)]
+        found += [outputs.compared(target)] * self.settings.compare
+        return [target, *found, *[outputs.paired(target)] * self.settings.side_by_side]
 
-    def _put(self, photo: images.Photo, target: Path | None, item: files.Item) -> None:
+    def _put(self, photo: images.Photo, result: Result, target: Path | None, item: files.Item) -> bool:
+        """Write what was made of a photo; return whether it was left as it is."""
         form = _form(self.settings, item, target)
-        for loss in images.losses(photo, form):
-            self.console.warn(f"{item.name}: {loss}")
-        if target is None:
-            self.console.binary(images.encode(photo, form, self.settings.quality))
+        after = _made(photo, result)
+        untouched = after is photo and photo.format == images.file_type(form)
+        if untouched:
+            data = files.read(item.source) if item.source else self._stream
         else:
-            images.write(target, photo, self.settings.quality, form)
+            for loss in images.losses(after, form):
+                self.console.warn(f"{item.name}: {loss}")
+            data = images.encode(after, form, self.settings.quality)
+        if target is None:
+            self.console.binary(data)
+            return untouched
+        for suffix, content in result.files.items():
+            files.write(outputs.beside(target, suffix), content)
+        files.write(target, data)
+        self.made.append(target)
+        return untouched
 
     def _picture(self, item: files.Item, target: Path | None, photo: images.Photo, result: Result) -> None:
+        icc = photo.icc or b""
         if self.settings.compare and target:
-            sheets.compare(photo.pixels, result.image, _sheet(target), title=item.name, icc=photo.icc or b"")
-            self.console.say(f"before/after: {_sheet(target)}")
+            sheet = outputs.compared(target)
+            sheets.compare(photo.pixels, result.image, sheet, title=item.name, icc=icc)
+            self.console.say(f"before/after: {sheet}")
+        if self.settings.side_by_side and target:
+            pair = outputs.paired(target)
+            scale = sheets.side_by_side(photo.pixels, result.image, pair, self.settings.quality, icc)
+            small = "" if scale == 1 else f", at {100 * scale:.0f} %: JPEG holds no more"
+            self.console.say(f"side by side: {pair}{small}")
         if self.settings.report:
-            self.entries.append(
-                report.entry(item.name, photo.pixels, result.image, result.facts, icc=photo.icc or b"")
-            )
+            self.entries.append(report.entry(item.name, photo.pixels, result.image, result.facts, icc=icc))
 
     def write_page(self, page: Path, total: int) -> None:
         """Write the page of the report, of what was done and what failed."""
@@ -212,6 +306,22 @@ class Batch:
             about["not done, or left out"] = total - len(self.entries)
         report.page(self.entries, page, title=f"imgtool infer {self.engine.name}", about=about)
         self.console.say(f"report: {page}")
+
+    def write_archive(self, path: Path) -> None:
+        """Write the archive of every output that is there, with what lies beside it."""
+        members: dict[str, Path] = {}
+        for target in self.made:
+            suffixes = self.engine.beside(self.settings)
+            for each in (target, *(outputs.beside(target, suffix) for suffix in suffixes)):
+                name = Path("outputs", self.names[target]).with_name(each.name)
+                members |= {name.as_posix(): each} if each.exists() else {}
+            pair = outputs.paired(target)
+            if self.settings.side_by_side and pair.exists():
+                members[Path("side_by_side", self.names[target]).with_name(pair.name).as_posix()] = pair
+        if self.table and self.table.path.exists():
+            members[self.table.path.name] = self.table.path
+        outputs.archive(path, members)
+        self.console.say(f"archive: {path}, {len(members)} files")
 
     def verdict(self, total: int) -> int:
         """Say what failed, all together at the end of a batch, and return the exit code."""
@@ -225,5 +335,13 @@ class Batch:
         return FAILED
 
 
-def _sheet(target: Path) -> Path:
-    return target.with_name(f"{target.stem}-compare.png")
+def _made(photo: images.Photo, result: Result) -> images.Photo:
+    """Return the photo that a result makes of one; the same object where nothing changes."""
+    if result.image is photo.pixels and result.alpha is None and not result.xmp:
+        return photo
+    after = photo.with_pixels(result.image)
+    if result.alpha is not None:
+        after = replace(after, alpha=result.alpha)
+    if result.xmp:
+        after = replace(after, xmp=metadata.with_xmp_properties(after.xmp, *metadata.AUX, result.xmp))
+    return after

@@ -31,13 +31,14 @@ ENVIRONMENT = {"device": "IMGTOOL_DEVICE", "threads": "IMGTOOL_THREADS"}
 """Settings that the environment may give: only where one runs, never what is done."""
 
 FILES = "Input and output"
+OUTPUT = "Output"
 NETWORK = "Network"
 MODEL = "Model"
 DATA = "Data"
 MEASUREMENT = "Measurement"
 TRAINING = "Training"
 RUN = "Run"
-PANELS = (FILES, DATA, MEASUREMENT, NETWORK, MODEL, TRAINING, RUN)
+PANELS = (FILES, OUTPUT, DATA, MEASUREMENT, NETWORK, MODEL, TRAINING, RUN)
 """The headings of help, in the order in which it shows them."""
 
 Place = Annotated[str, AfterValidator(os.path.expanduser)]
@@ -131,8 +132,15 @@ class Train(Common):
         "Arithmetic of the forward pass; auto is bf16 or fp16 on a GPU, fp32 on a CPU.",
         panel=TRAINING,
     )
+    compile: bool = setting(
+        False, "Compile the network with torch.compile: pays on GPUs, in runs of hours.", panel=TRAINING
+    )
     patience: int = setting(
-        0, "Epochs without a better score before stopping; 0 never stops early.", panel=TRAINING, ge=0
+        0,
+        "Epochs without a better score before stopping, counted once nothing is left to unfreeze; 0 never "
+        "stops early.",
+        panel=TRAINING,
+        ge=0,
     )
     max_bad_steps: int = setting(20, "Non-finite steps in a row that end the run.", panel=TRAINING, ge=1)
     save_every: int = setting(
@@ -143,7 +151,24 @@ class Train(Common):
     )
     freeze: str = setting("", "Prefix of the parameter names that stay fixed.", panel=TRAINING)
     unfreeze_epoch: int = setting(
-        0, "Epoch at which frozen parameters begin to learn; 0 never.", panel=TRAINING, ge=0
+        0,
+        "Epoch, counted from 1 as in the log, from which on frozen parameters learn; 0 never.",
+        panel=TRAINING,
+        ge=0,
+    )
+    unfreeze_share: float = setting(
+        1.0,
+        "Share of the frozen parameter tensors that then learn, from the output end.",
+        panel=TRAINING,
+        gt=0,
+        le=1,
+    )
+    unfreeze_lr: float = setting(0.1, "Their learning rate as a share of --lr.", panel=TRAINING, gt=0)
+    frozen_norm: bool = setting(
+        True,
+        "Keep batch normalisation of the frozen part as it is, statistics and all, also when the rest of it "
+        "learns.",
+        panel=TRAINING,
     )
 
 
@@ -169,8 +194,18 @@ class Infer(Common):
     )
     fail_fast: bool = setting(False, "Stop at the first failure.", panel=FILES)
     compare: bool = setting(False, "Also write a before/after sheet, <output>-compare.png.", panel=FILES)
+    side_by_side: bool = setting(
+        False,
+        "Also write <output>-side-by-side.jpg: before and after in one picture at full size.",
+        panel=FILES,
+    )
     report: Path | None = setting(
         None, "Write one page, DIR/index.html, with a before/after slider for every photo.", panel=FILES
+    )
+    zip: Path | None = setting(
+        None,
+        "Also write FILE, a zip archive of the outputs, side-by-sides and tables of the batch.",
+        panel=FILES,
     )
     weights: Place = setting(
         "",

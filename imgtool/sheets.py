@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import math
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -212,6 +213,57 @@ def compare(  # noqa: PLR0913 - what a sheet may say
         note = f"{100 * factor} %, where detail changed most: {labels[0]} | {labels[1]}"
         strips.append(_caption(note, width))
     _pile(strips + _details(before, after, places, factor, width), path, icc)
+
+
+LONGEST_EDGE = 65_500
+"""Of a JPEG, in pixels."""
+
+
+def side_by_side(before: Array, after: Array, path: Path, quality: int = 95, icc: bytes = b"") -> float:
+    """Write before and after in one JPEG at full size; ``before`` is scaled to the height of ``after``.
+
+    Args:
+        before: As for ``compare``.
+        after: The same.
+        path: The file to write.
+        quality: 1..100.
+        icc: The photo's ICC profile.
+
+    Returns:
+        The scale: 1, or less where both together are larger than a JPEG can be.
+
+    Raises:
+        ImgtoolError: The file cannot be written.
+    """
+    import numpy as np
+
+    height = after.shape[0]
+    width = max(1, round(before.shape[1] * height / before.shape[0]))
+    scale: float = min(1.0, LONGEST_EDGE / (width + after.shape[1]), LONGEST_EDGE / height)
+    high = max(1, math.floor(height * scale))
+    pictures = [
+        _sized(pixels, max(1, math.floor(wide * scale)), high)
+        for pixels, wide in ((before, width), (after, after.shape[1]))
+    ]
+    data = io.BytesIO()
+    options = {
+        "quality": quality,
+        "subsampling": 0 if quality >= 90 else 2,
+        "icc_profile": colour_profile(icc),
+    }
+    _picture(np.hstack(pictures)).save(data, "JPEG", **options)
+    write(path, data.getvalue())
+    return scale
+
+
+def _sized(pixels: Array, width: int, height: int) -> Bytes:
+    """Return uint8 RGB of exactly this size."""
+    import cv2
+
+    if pixels.shape[:2] == (height, width):
+        return to_bytes(pixels)
+    way = cv2.INTER_AREA if width < pixels.shape[1] else cv2.INTER_CUBIC
+    return to_bytes(cv2.resize(pixels, (width, height), interpolation=way))
 
 
 def sheet(

@@ -39,8 +39,8 @@ STATE = "last.pt"
 SETTINGS = "settings.toml"
 LOG = "log.jsonl"
 BEST = "best.safetensors"
-COUNTERS = ("step", "seconds", "bad", "skipped", "stale", "best", "sums")
-STATES = ("net", "ema", "optimiser", "scaler", "random", *COUNTERS)
+COUNTERS = ("step", "seconds", "bad", "skipped", "stale", "best")
+STATES = ("net", "ema", "optimiser", "scaler", "random", "sums", *COUNTERS)
 """What the state of a run holds."""
 
 
@@ -133,36 +133,55 @@ class Loop:
         self.autocast = compute.autocast_type(settings.precision, self.device)
         torch.manual_seed(settings.seed)
         self.net = engine.build(settings)
-        if settings.weights:
-            checkpoint.load_state(
-                self.net, checkpoint.read_weights(checkpoint.find(settings.weights), engine.name)
-            )
+        self.phases = Phases(self.net, settings)
+        if not settings.resume:
+            self._begin()
         compute.channels_last(self.net.to(self.device))
         self.ema = copy.deepcopy(self.net).eval().requires_grad_(False)
         self.optimiser = torch.optim.AdamW(
-            self.net.parameters(), settings.lr, weight_decay=settings.weight_decay
+            [{"params": part} for part in self.phases.parameters],
+            settings.lr,
+            weight_decay=settings.weight_decay,
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.autocast == torch.float16)
-        _check_freeze(self.net, settings.freeze)
         self.train, self.held_out = engine.data(settings)
         self.step, self.seconds, self.bad, self.skipped, self.stale = 0, 0.0, 0, 0, 0
         self.best: dict[str, Any] = {}
-        self.sums: dict[str, float] = {}
+        self.sums: dict[str, Tensor] = {}
         self.began = time.monotonic()
         self.interrupted = False
         if settings.resume:
             self._take_up(checkpoint.read_state(folder / STATE, STATES))
+        if settings.compile:
+            compute.compile_net(self.net, self.device, console.say)
+
+    def _begin(self) -> None:
+        """Fill the new network with what the engine begins with, then with the weights that were named."""
+        words = self.engine.begin(self.net, self.settings) if self.engine.begin else ""
+        if words:
+            self.console.say(words)
+        if self.settings.weights:
+            weights = checkpoint.read_weights(checkpoint.find(self.settings.weights), self.engine.name)
+            checkpoint.load_state(self.net, weights)
 
     # --- state ---
 
     def _take_up(self, state: Mapping[str, Any]) -> None:
         checkpoint.load_state(self.net, checkpoint.Weights(STATE, self.engine.name, {}, {}, state["net"]))
         self.ema.load_state_dict(state["ema"])
+        if [len(group["params"]) for group in state["optimiser"]["param_groups"]] != [
+            len(part) for part in self.phases.parameters
+        ]:
+            raise ImgtoolError(
+                "a run cannot go on with another --freeze", "leave it as it was, or begin anew", USAGE
+            )
         self.optimiser.load_state_dict(state["optimiser"])
         self.scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["random"])
         for name in COUNTERS:
             setattr(self, name, state[name])
+        for name, value in state["sums"].items():
+            self.sums[name] = self._wide(torch.tensor(value, dtype=torch.float64))
         self.console.say(f"resuming {self.folder} at step {self.step} of {self.settings.steps}")
 
     def _save(self) -> None:
@@ -173,6 +192,7 @@ class Loop:
             "optimiser": self.optimiser.state_dict(),
             "scaler": self.scaler.state_dict(),
             "random": torch.get_rng_state(),
+            "sums": {name: float(value) for name, value in self.sums.items()},
         } | {name: getattr(self, name) for name in COUNTERS}
         checkpoint.save_state(self.folder / STATE, state)
 
@@ -246,18 +266,12 @@ class Loop:
         numbers = Numbers(self.step * size, self.settings.steps * size, size)
         yield from _load(self.train, numbers, self.settings.workers)
 
-    def _freeze(self) -> None:
-        prefix, epoch = self.settings.freeze, self.step // self.settings.epoch_steps
-        open_again = bool(self.settings.unfreeze_epoch) and epoch >= self.settings.unfreeze_epoch
-        for name, parameter in self.net.named_parameters():
-            parameter.requires_grad_(not (prefix and name.startswith(prefix)) or open_again)
-
     def _learn(self, batch: Any) -> None:
-        if self.settings.freeze:
-            self._freeze()
-        for group in self.optimiser.param_groups:
-            group["lr"] = learning_rate(self.step, self.settings)
+        shares = (1.0, self.settings.unfreeze_lr)
+        for group, share in zip(self.optimiser.param_groups, shares, strict=False):
+            group["lr"] = learning_rate(self.step, self.settings) * share
         self.net.train()
+        self.phases.enter(self.step)
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
             terms = self.engine.loss(self.net, _to(batch, self.device), self.settings)
         loss = torch.stack(list(terms.values())).sum()
@@ -265,11 +279,11 @@ class Loop:
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         self.scaler.unscale_(self.optimiser)
         norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.settings.clip or math.inf)
-        if bool(torch.isfinite(norm)) and bool(torch.isfinite(loss)):
+        if bool(torch.isfinite(norm + loss)):  # the one time in a step that a GPU is waited for
             self.scaler.step(self.optimiser)
             self._average()
             self.bad = 0
-            self._count({"loss": loss, **terms, "": torch.ones(())})
+            self._count({"loss": loss, **terms, "": torch.ones((), device=self.device)})
         else:
             self._skip()
         self.scaler.update()
@@ -295,15 +309,20 @@ class Loop:
 
     def _count(self, values: Mapping[str, Tensor]) -> None:
         for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + float(value.detach())
+            self.sums[name] = self.sums.get(name, 0.0) + self._wide(value.detach())
+
+    def _wide(self, value: Tensor) -> Tensor:
+        """Return a sum's summand, in double precision where the device has it."""
+        return value.to(torch.float32 if self.device.type == "mps" else torch.float64).to(self.device)
 
     # --- an epoch ---
 
     def _end_epoch(self) -> str:
         scores, pictures = self._validate()
         self._clock()
-        steps = max(self.sums.pop("", 0.0), 1.0)
-        means = {name: value / steps for name, value in self.sums.items()}
+        sums = {name: float(value) for name, value in self.sums.items()}
+        steps = max(sums.pop("", 0.0), 1.0)
+        means = {name: value / steps for name, value in sums.items()}
         self.sums = {}
         epoch = math.ceil(self.step / self.settings.epoch_steps)
         row = {
@@ -339,11 +358,13 @@ class Loop:
         return {name: float(torch.cat(parts).mean()) for name, parts in values.items()}, pictures
 
     def _judge(self, row: Mapping[str, Any]) -> None:
-        value = row["scores"][self.engine.best]
-        before = self.best.get("scores", {}).get(self.engine.best)
+        name = self.engine.best
+        if self.engine.otherwise and not math.isfinite(row["scores"][name]):
+            name = self.engine.otherwise
+        value, before = row["scores"].get(name, math.nan), self.best.get("scores", {}).get(name, math.nan)
         sign = 1 if self.engine.higher_is_better else -1
-        better = math.isfinite(value) and (before is None or sign * value > sign * before)
-        self.stale = 0 if better else self.stale + 1
+        better = math.isfinite(value) and (not math.isfinite(before) or sign * value > sign * before)
+        self.stale = 0 if better or not self.phases.last(self.step) else self.stale + 1
         if better:
             self.best = {"epoch": row["epoch"], "step": row["step"], "scores": row["scores"]}
             about = {
@@ -390,16 +411,67 @@ def portable(settings: Train) -> dict[str, Any]:
     return {name: short(value) for name, value in settings.model_dump().items()}
 
 
-def _check_freeze(net: nn.Module, prefix: str) -> None:
-    """Refuse a prefix that freezes nothing, which a typing error would, or everything."""
-    frozen = [name.startswith(prefix) for name, _ in net.named_parameters()]
-    if prefix and (all(frozen) or not any(frozen)):
-        known = sorted({name.partition(".")[0] for name, _ in net.named_parameters()})
-        raise ImgtoolError(
-            f"--freeze {prefix} fits {'every' if all(frozen) else 'no'} parameter",
-            "their names begin with: " + ", ".join(known),
-            USAGE,
-        )
+class Phases:
+    """What of a network learns when: a frozen part, all or the end of which learns from some epoch on.
+
+    Attributes:
+        parameters: The parameters that always learn, and those of the frozen part where there is one.
+        opens: Step from which on the frozen part learns, None for never.
+    """
+
+    def __init__(self, net: nn.Module, settings: Train) -> None:
+        """Split a network as the settings say.
+
+        Raises:
+            ImgtoolError: Code 2, for a prefix that freezes nothing, as a typing error would, or
+                everything, and for a share in which there is nothing to learn.
+        """
+        prefix = settings.freeze
+        names = [name for name, _ in net.named_parameters()]
+        frozen = [name for name in names if prefix and name.startswith(prefix)]
+        if prefix and len(frozen) in (0, len(names)):
+            raise ImgtoolError(
+                f"--freeze {prefix} fits {'every' if frozen else 'no'} parameter",
+                "their names begin with: " + ", ".join(sorted({name.partition(".")[0] for name in names})),
+                USAGE,
+            )
+        self._norms = _norms(net, prefix) if prefix and settings.frozen_norm else {}
+        fixed = {f"{name}.{each}" for name in self._norms for each in ("weight", "bias")}
+        opened = set(frozen[-math.ceil(settings.unfreeze_share * len(frozen)) :]) - fixed if frozen else set()
+        by_name = dict(net.named_parameters())
+        free = [value for name, value in by_name.items() if name not in frozen]
+        self._frozen = [(by_name[name], name in opened) for name in frozen]
+        self.parameters = [free, [by_name[name] for name in frozen]] if frozen else [free]
+        opening = bool(frozen) and settings.unfreeze_epoch > 0
+        self.opens = (settings.unfreeze_epoch - 1) * settings.epoch_steps if opening else None
+        if opening and not opened:
+            raise ImgtoolError(
+                f"--unfreeze-share {settings.unfreeze_share:g} opens nothing but batch normalisation",
+                "take a larger share",
+                USAGE,
+            )
+
+    def enter(self, step: int) -> None:
+        """Let the parameters learn that do so at a step; the network is in training mode before."""
+        is_open = self.opens is not None and step >= self.opens
+        for parameter, opened in self._frozen:
+            parameter.requires_grad_(is_open and opened)
+        for norm in self._norms.values():
+            norm.eval()
+
+    def last(self, steps: int) -> bool:
+        """Tell whether the last of a number of steps was in the last phase."""
+        return self.opens is None or steps > self.opens
+
+
+def _norms(net: nn.Module, prefix: str) -> dict[str, nn.Module]:
+    """Return the layers below a prefix that keep statistics: batch and instance normalisation."""
+    kinds = nn.modules.batchnorm._NormBase
+    return {
+        name: module
+        for name, module in net.named_modules()
+        if f"{name}.".startswith(prefix) and isinstance(module, kinds)
+    }
 
 
 class _Guarded(Dataset[Any]):

@@ -185,7 +185,7 @@ def test_dry_run_prints_settings_that_config_reads(
         "# outputs: b .png",
     ]
     Path("again.toml").write_text(out)
-    again = resolve(COMMANDS[0].settings, "train", "deblur", {}, Path("again.toml"))
+    again = resolve(engines.settings("deblur").Train, "train", "deblur", {}, Path("again.toml"))
     assert (again.batch, again.photos) == (3, (Path("p"),))  # type: ignore[attr-defined]
     assert calls == []
 

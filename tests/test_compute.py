@@ -74,6 +74,39 @@ def test_precision(
     assert compute.autocast_type(precision, where) is expected
 
 
+def test_a_network_is_compiled_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    net, said = nn.Linear(2, 1), []
+    monkeypatch.setattr(torch, "compile", lambda what, **_: lambda *x: what(*x) + 1)
+    before = net(torch.ones(1, 2))
+    compute.compile_net(net, torch.device("cpu"), said.append)
+    assert torch.equal(net(torch.ones(1, 2)), before + 1)
+    assert net.state_dict().keys() == {"weight", "bias"}
+    assert said == []
+
+
+def test_a_compiler_that_fails_when_first_run_leaves_the_network_as_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails(x: torch.Tensor) -> torch.Tensor:
+        raise OSError("cl is not found")
+
+    net, said = nn.Linear(2, 1), []
+    monkeypatch.setattr(torch, "compile", lambda what, **_: fails)
+    compute.compile_net(net, torch.device("cpu"), said.append)
+    assert net(torch.ones(1, 2)).shape == (1, 1)
+    assert said == ["--compile does not work here (OSError: cl is not found): going on without"]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_what_is_compiled_here_gives_the_same() -> None:
+    net, said = nn.Sequential(nn.Linear(4, 4), nn.SiLU()), []
+    x = torch.rand(3, 4)
+    before = net(x)
+    compute.compile_net(net, torch.device("cpu"), said.append)
+    torch.testing.assert_close(net(x), before)
+
+
 def test_channels_last_changes_no_value() -> None:
     net = nn.Conv2d(3, 8, 3)
     before = net.weight.clone()

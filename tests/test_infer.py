@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,10 +26,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from imgtool import checkpoint, cli, engines, images
-from imgtool.engine import Engine
+from imgtool.engine import Engine, Result
 from imgtool.engines.deblur.engine import ENGINE
 from imgtool.engines.deblur.settings import Model
-from imgtool.images import Photo
+from imgtool.errors import ImgtoolError
+from imgtool.images import Photo, metadata
 
 ROOT = Path(__file__).parents[1]
 Array = npt.NDArray[Any]
@@ -700,6 +702,250 @@ def test_an_overlap_that_is_too_small_is_said(infer: Run) -> None:
     put("a.png")
     assert "--overlap 8" in infer("a.png", "-o", "b.png", "--overlap", "8").err
     assert "--overlap" not in infer("a.png", "-o", "c.png").err
+
+
+# --- what an engine may ask of the verb ------------------------------------------------------
+
+
+def with_engine(monkeypatch: pytest.MonkeyPatch, **fields: Any) -> None:
+    engine: Engine = replace(ENGINE, **fields)
+    monkeypatch.setattr(engines, "load", lambda name: engine)
+
+
+def negative(_: Any, photo: Photo, *rest: Any, **more: Any) -> Result:
+    """Turn a photo into its negative, and tell its mean in a file and in a row."""
+    mean = float(photo.pixels.mean())
+    return Result(255 - photo.pixels, files={".mean.txt": b"%.3f" % mean}, row={"mean": mean}, **more)
+
+
+KEEPING = {"apply": negative, "table": "means.csv", "beside": lambda settings: (".mean.txt",)}
+
+
+def table(path: str = "out/means.csv") -> list[list[str]]:
+    return [line.split(",") for line in Path(path).read_text().splitlines()]
+
+
+def outputs_of(folder: str) -> list[str]:
+    return [name for name in listing() if name.startswith(folder)]
+
+
+def test_files_and_a_table_beside_the_outputs(infer: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_engine(monkeypatch, **KEEPING)
+    put("in/b.png")
+    put("in/deep/a.png", scene(20, 30))
+    assert infer("in", "-o", "out").code == 0
+    assert outputs_of("out") == [
+        "out/b.mean.txt", "out/b.png", "out/deep/a.mean.txt", "out/deep/a.png", "out/means.csv",
+    ]  # fmt: skip
+    rows = table()
+    assert [row[0] for row in rows] == ["file", "b.png", "deep/a.png"]
+    assert rows[0] == ["file", "mean"]
+    assert float(rows[2][1]) == pytest.approx(scene(20, 30).mean())
+    assert Path("out/deep/a.mean.txt").read_text() == f"{scene(20, 30).mean():.3f}"
+
+
+def test_one_file_has_no_table(infer: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_engine(monkeypatch, **KEEPING)
+    put("a.png")
+    assert infer("a.png", "-o", "b.png").code == 0
+    assert listing() == ["a.png", "b.mean.txt", "b.png"]
+    assert infer("a.png", "-o", "out/").code == 0
+    assert table()[1][0] == "a.png"
+
+
+def test_a_file_beside_that_exists_is_refused_before_computing(
+    infer: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_engine(monkeypatch, **KEEPING | {"apply": lambda *_: pytest.fail("computed")})
+    put("a.png")
+    Path("b.mean.txt").write_text("mine")
+    done = infer("a.png", "-o", "b.png")
+    assert (done.code, "b.mean.txt exists" in done.err) == (1, True)
+    with_engine(monkeypatch, **KEEPING)
+    assert infer("a.png", "-o", "b.png", "--force").code == 0
+    assert Path("b.mean.txt").read_text() != "mine"
+
+
+def test_an_interrupted_table_has_the_rows_of_what_was_done_and_is_gone_on_with(
+    infer: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("in/a.png", "in/b.png", "in/c.png"):
+        put(name)
+    calls: list[str] = []
+
+    def until(last: int) -> Callable[..., Result]:
+        def apply(net: Any, photo: Photo, *rest: Any) -> Result:
+            if len(calls) == last:
+                raise KeyboardInterrupt
+            calls.append("")
+            return negative(net, photo)
+
+        return apply
+
+    with_engine(monkeypatch, **KEEPING | {"apply": until(2)})
+    assert infer("in", "-o", "out", "--zip", "all.zip").code == 130
+    assert [row[0] for row in table()] == ["file", "a.png", "b.png"]
+    assert not Path("all.zip").exists()
+    done = infer("in", "-o", "out")
+    assert (done.code, "out/means.csv exists" in done.err, len(calls)) == (1, True, 2)
+    lines = Path("out/means.csv").read_text().splitlines()
+    Path("out/means.csv").write_text("\n".join([lines[0], "b.png,7.0"]))  # as if a's row were never written
+    with_engine(monkeypatch, **KEEPING | {"apply": until(9)})
+    done = infer("in", "-o", "out", "--skip-existing", "--json")
+    assert done.code == 0
+    assert [(line["output"], "skipped" in line) for line in done.lines] == [
+        ("out/a.png", False),
+        ("out/b.png", True),
+        ("out/c.png", False),
+    ]
+    assert [row[0] for row in table()] == ["file", "a.png", "b.png", "c.png"]
+    assert table()[2] == ["b.png", "7.0"]
+
+
+def test_a_foreign_table_is_refused(infer: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_engine(monkeypatch, **KEEPING | {"apply": lambda *_: pytest.fail("computed")})
+    put("a.png")
+    Path("out").mkdir()
+    Path("out/means.csv").write_text("name,price\n")
+    done = infer("a.png", "-o", "out", "--skip-existing")
+    assert (done.code, "is not a table of this batch" in done.err) == (1, True)
+    assert Path("out/means.csv").read_text() == "name,price\n"
+
+
+def test_a_photo_left_alone_is_copied_byte_for_byte(infer: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_apply(monkeypatch, lambda net, photo, *_: Result(photo.pixels))
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.fromarray(scene(40, 64)).save("a.jpg", quality=51, exif=exif)
+    done = infer("a.jpg", "-o", "b.jpg", "--json", "--quality", "99")
+    assert Path("b.jpg").read_bytes() == Path("a.jpg").read_bytes()
+    assert done.lines[0]["untouched"] is True
+    assert infer("a.jpg", "-o", "c.jpg").out.endswith("left as it is\n")
+    done = infer("a.jpg", "-o", "d.png", "--json")
+    assert ("untouched" in done.lines[0], images.read(Path("d.png")).format) == (False, "png")
+
+
+def test_a_photo_from_standard_input_left_alone(infer: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_apply(monkeypatch, lambda net, photo, *_: Result(photo.pixels))
+    data = put("a.png").read_bytes()
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(data)))
+    assert infer("-").raw == data
+
+
+def test_an_alpha_and_a_mark_of_the_engine(infer: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    alpha = np.arange(48 * 64, dtype=np.uint16).reshape(48, 64) * 20
+    mark = {"DistortionCorrectionAlreadyApplied": "True"}
+
+    def apply(net: Any, photo: Photo, *_: Any) -> Result:
+        return Result(photo.pixels, alpha=alpha, xmp=mark)
+
+    with_apply(monkeypatch, apply)
+    put("a.png", scene(dtype="uint16"))
+    assert infer("a.png", "-o", "b.png").code == 0
+    after = images.read(Path("b.png"))
+    assert np.array_equal(after.alpha, alpha)
+    assert metadata.xmp_property(after.xmp, metadata.AUX[0], *mark) == "True"
+    assert "alpha is dropped" in infer("a.png", "-o", "c.jpg").err
+
+
+def test_side_by_side_shows_both_at_full_size(infer: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    Image.fromarray(scene()).save("a.png", icc_profile=profile)
+    with_apply(monkeypatch, lambda net, photo, *_: Result(255 - photo.pixels.repeat(2, 0).repeat(2, 1)))
+    done = infer("a.png", "-o", "b.png", "--side-by-side", "--quality", "100")
+    assert "side by side: b-side-by-side.jpg\n" in done.err
+    with Image.open("b-side-by-side.jpg") as both:
+        assert both.info["icc_profile"] == profile
+        pixels = np.asarray(both).astype(int)
+    assert pixels.shape == (96, 256, 3)
+    assert np.abs(pixels[:, 128:] - (255 - scene().repeat(2, 0).repeat(2, 1))).mean() < 2
+    assert np.abs(pixels[:, :128] - scene().repeat(2, 0).repeat(2, 1)).mean() < 6
+    put("wide.png", np.zeros((2, 40_000, 3), np.uint8))
+    with_apply(monkeypatch, lambda net, photo, *_: Result(255 - photo.pixels))
+    done = infer("wide.png", "-o", "c.png", "--side-by-side")
+    assert "c-side-by-side.jpg, at 82 %" in done.err
+    with Image.open("c-side-by-side.jpg") as both:
+        assert both.size == (65_500, 1)
+    assert infer("a.png", "-o", "b.png", "--side-by-side", "--skip-existing").code == 0
+    Path("b.png").unlink()
+    assert "b-side-by-side.jpg exists" in infer("a.png", "-o", "b.png", "--side-by-side").err
+
+
+def test_pictures_of_outputs_are_not_inputs_of_the_next_run(infer: Run) -> None:
+    put("in/a.png")
+    assert infer("in", "--compare", "--side-by-side").code == 0
+    before = listing()
+    assert infer("in", "--force").code == 0
+    assert listing() == before
+
+
+def test_the_archive_holds_all_of_the_batch(infer: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_engine(monkeypatch, **KEEPING)
+    put("in/a.png")
+    put("in/deep/b.png")
+    Path("in/c.png").write_bytes(b"")
+    words = ("in", "-o", "out", "--side-by-side", "--zip", "all.zip")
+    assert infer(*words).code == 1
+    members = [
+        "outputs/a.png", "outputs/a.mean.txt", "side_by_side/a-side-by-side.jpg",
+        "outputs/deep/b.png", "outputs/deep/b.mean.txt", "side_by_side/deep/b-side-by-side.jpg",
+        "means.csv",
+    ]  # fmt: skip
+    with zipfile.ZipFile("all.zip") as zipped:
+        assert zipped.namelist() == members
+        assert zipped.read("outputs/a.png") == Path("out/a.png").read_bytes()
+    first = Path("all.zip").read_bytes()
+    done = infer(*words)
+    assert (done.code, "all.zip exists" in done.err) == (1, True)
+    Path("all.zip").write_bytes(b"")
+    infer(*words, "--skip-existing")  # rebuilt, from what is there
+    assert Path("all.zip").read_bytes() == first
+
+
+def test_an_archive_of_outputs_in_several_folders(infer: Run) -> None:
+    put("x/a.png")
+    put("y/a.png")
+    assert infer("x/a.png", "y/a.png", "--zip", "all.zip").code == 0
+    with zipfile.ZipFile("all.zip") as zipped:
+        assert zipped.namelist() == ["outputs/x/a-deblur.png", "outputs/y/a-deblur.png"]
+
+
+def test_a_survey_of_all_photos_comes_before_the_first(infer: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[object]] = []
+
+    def survey(net: Any, photos: Any, settings: Any, watch: Any) -> list[object]:
+        told: list[object] = []
+        for name, read in photos:
+            try:
+                told.append((name, read().pixels.shape[1]))
+            except ImgtoolError:
+                told.append(None)
+            watch.done(len(told), len(photos))
+        seen.append(told)
+        return told
+
+    def apply(net: Any, photo: Photo, settings: Any, watch: Any, known: Any) -> Result:
+        return Result(255 - photo.pixels, {"known": known})
+
+    put("in/a.png")
+    Path("in/b.png").write_bytes(b"")
+    put("in/c.png", scene(20, 30))
+    with_engine(monkeypatch, apply=apply, survey=survey, wants_survey=lambda settings: settings.quality > 90)
+    done = infer("in", "-o", "out", "--json")
+    assert done.code == 1
+    assert seen == [[("in/a.png", 64), None, ("in/c.png", 30)]]
+    assert done.lines[0]["facts"]["known"] == ["in/a.png", 64]
+    assert done.lines[2]["facts"]["known"] == ["in/c.png", 30]
+    Path("out/c.png").unlink()
+    done = infer("in", "-o", "out", "--skip-existing", "--json")
+    assert seen[1] == seen[0]  # photos left out inform their group
+    assert done.lines[2]["facts"]["known"] == ["in/c.png", 30]
+    Path("in/b.png").unlink()
+    infer("in", "-o", "out", "--skip-existing")
+    assert len(seen) == 2  # nothing to do, nothing to look at
+    with_engine(monkeypatch, apply=negative, survey=survey)
+    infer("in", "-o", "more")
+    assert len(seen) == 2
 
 
 # --- processes of their own ------------------------------------------------------------------

@@ -117,6 +117,53 @@ def test_ms_ssim_is_float32_whatever_autocast_says() -> None:
     assert exact.dtype == torch.float32
 
 
+# --- SSIM within a mask -------------------------------------------------------------------------
+
+
+def test_with_nothing_masked_it_is_the_ssim_of_others() -> None:
+    output, target = pictures(40)
+    found = losses.masked_ssim(output, target, torch.ones(2, 1, 40, 40))
+    theirs = pytorch_msssim.ssim(output, target, data_range=1.0, size_average=False, nonnegative_ssim=False)
+    torch.testing.assert_close(found, theirs)
+
+
+def test_what_is_masked_does_not_count() -> None:
+    """The mask is a rectangle, so the result is that of the images cut to it; outside is rubbish."""
+    output, target = pictures(48)
+    mask = torch.zeros(2, 1, 48, 48)
+    mask[:, :, 7:40, 5:33] = 1
+    cut = pytorch_msssim.ssim(
+        output[:, :, 7:40, 5:33], target[:, :, 7:40, 5:33], data_range=1.0, size_average=False
+    )
+    torch.testing.assert_close(losses.masked_ssim(output * mask, target, mask), cut)
+    spoilt = (output + 0.5 * (1 - mask)).requires_grad_()
+    losses.masked_ssim(spoilt, target, mask).sum().backward()
+    assert spoilt.grad is not None
+    assert not (spoilt.grad * (1 - mask)).any()
+    assert (spoilt.grad * mask).any()
+
+
+def test_an_image_without_a_whole_window_counts_as_equal() -> None:
+    output, target = pictures(32)
+    mask = torch.ones(2, 1, 32, 32)
+    mask[0, :, :, ::10] = 0
+    found = losses.masked_ssim(output.requires_grad_(), target, mask)
+    assert float(found[0].detach()) == 1
+    assert float(found[1].detach()) < 1
+    found.sum().backward()
+    assert output.grad is not None
+    assert not output.grad[0].any()
+
+
+def test_ssim_is_float32_whatever_autocast_says() -> None:
+    output, target = pictures(32)
+    mask = torch.ones(2, 1, 32, 32)
+    exact = losses.masked_ssim(output, target, mask)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(losses.masked_ssim(output, target, mask), exact)
+    assert losses.masked_ssim(output.double(), target.double(), mask).dtype == torch.float64
+
+
 # --- the others -------------------------------------------------------------------------------
 
 

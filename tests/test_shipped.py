@@ -71,7 +71,7 @@ def photo(height: int, width: int) -> npt.NDArray[np.float32]:
 
 
 def apply(engine: Engine, net: nn.Module, image: npt.NDArray[Any], **settings: Any) -> npt.NDArray[Any]:
-    return engine.apply(net, image, Infer(inputs=("-",), **settings), Watch()).image
+    return engine.apply(net, images.Photo(image), Infer(inputs=("-",), **settings), Watch()).image
 
 
 @each_deblur

@@ -398,7 +398,7 @@ def test_the_rate_that_is_used_is_that_of_the_step(tmp_path: Path, monkeypatch: 
 def test_frozen_weights_stay_until_their_epoch(tmp_path: Path) -> None:
     torch.manual_seed(0)
     start = {name: value.clone() for name, value in build(ToyModel()).state_dict().items()}
-    frozen = toy(tmp_path, freeze="0.", steps=12, unfreeze_epoch=2, weight_decay=0.5)
+    frozen = toy(tmp_path, freeze="0.", steps=12, unfreeze_epoch=3, weight_decay=0.5)
     loop = train.Loop(TOY, frozen, tmp_path, Console(quiet=True))
     changed: list[bool] = []
     learn = loop._learn
@@ -424,6 +424,195 @@ def test_freezing_everything_is_refused(tmp_path: Path) -> None:
     engine = dataclasses.replace(TOY, build=lambda settings: nn.Sequential(nn.Conv2d(3, 3, 1)))
     with pytest.raises(ImgtoolError, match="--freeze 0 fits every parameter"):
         go(engine, toy(tmp_path, freeze="0"))
+
+
+class Deep(nn.Module):
+    """A part to freeze, of two convolutions with batch normalisation, and a head."""
+
+    def __init__(self, drop: float) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for inputs in (3, 4):
+            layers += [nn.Conv2d(inputs, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()]
+        self.body = nn.Sequential(*layers)
+        self.head = nn.Sequential(nn.Dropout(drop), nn.Conv2d(4, 3, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.body(x))
+        return out
+
+
+DEEP: Engine = dataclasses.replace(TOY, build=lambda settings: Deep(settings.drop))
+PHASES: dict[str, Any] = {"freeze": "body", "unfreeze_epoch": 2, "steps": 12, "weight_decay": 0.5}
+
+
+def changes(engine: Engine, settings: Train, folder: Path) -> list[set[str]]:
+    """Train; return the names of what each step changed."""
+    loop = train.Loop(engine, settings, folder, Console(quiet=True))
+    changed: list[set[str]] = []
+    learn = loop._learn
+
+    def noted(batch: Any) -> None:
+        before = {name: value.clone() for name, value in loop.net.state_dict().items()}
+        learn(batch)
+        after = loop.net.state_dict()
+        changed.append({name for name in before if not torch.equal(before[name], after[name])})
+
+    loop._learn = noted  # type: ignore[method-assign]
+    loop.go()
+    return changed
+
+
+HEAD = {"head.1.weight", "head.1.bias"}
+LAST = {"body.3.weight", "body.3.bias"}
+FIRST = {"body.0.weight", "body.0.bias"}
+STATISTICS = {
+    f"body.{layer}.{name}"
+    for layer in (1, 4)
+    for name in ("running_mean", "running_var", "num_batches_tracked")
+}
+NORMS = {f"body.{layer}.{name}" for layer in (1, 4) for name in ("weight", "bias")}
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_second_phase_opens_the_last_layers_and_leaves_their_normalisation(tmp_path: Path) -> None:
+    """Eight tensors are frozen; the last four are a convolution and its normalisation."""
+    changed = changes(DEEP, toy(tmp_path, **PHASES, unfreeze_share=0.5), tmp_path)
+    assert changed == [HEAD] * 4 + [HEAD | LAST] * 8
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_second_phase_may_open_everything_or_never_come(tmp_path: Path) -> None:
+    changed = changes(DEEP, toy(tmp_path, **PHASES), tmp_path)
+    assert changed == [HEAD] * 4 + [HEAD | LAST | FIRST] * 8
+    never = toy(tmp_path, **(PHASES | {"unfreeze_epoch": 0, "steps": 8}))
+    assert changes(DEEP, never, tmp_path) == [HEAD] * 8
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_normalisation_of_the_frozen_part_may_learn(tmp_path: Path) -> None:
+    changed = changes(DEEP, toy(tmp_path, **PHASES, frozen_norm=False), tmp_path)
+    assert changed[:4] == [HEAD | STATISTICS] * 4
+    assert changed[4:] == [HEAD | LAST | FIRST | NORMS | STATISTICS] * 8
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_without_freezing_normalisation_learns_as_ever(tmp_path: Path) -> None:
+    changed = changes(DEEP, toy(tmp_path), tmp_path)
+    assert changed[0] == HEAD | LAST | FIRST | NORMS | STATISTICS
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_what_was_opened_learns_at_a_rate_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[list[float]] = []
+    step = torch.optim.AdamW.step
+
+    def noted(optimiser: torch.optim.AdamW, *rest: Any) -> Any:
+        used.append([group["lr"] for group in optimiser.param_groups])
+        return step(optimiser, *rest)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", noted)
+    settings = toy(tmp_path, **PHASES, unfreeze_lr=0.25)
+    _killed_at(monkeypatch, 7)
+    with pytest.raises(_Kill):
+        go(DEEP, settings)
+    del used[6:]  # the state is of step 6
+    go(DEEP, toy(tmp_path, resume=tmp_path, unfreeze_lr=0.5))
+    rates = [learning_rate(number, settings) for number in range(12)]
+    shares = [0.25] * 6 + [0.5] * 6
+    assert used == [[rate, rate * share] for rate, share in zip(rates, shares, strict=True)]
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize("step", [3, 4, 5, 7])
+def test_resuming_near_the_second_phase_ends_at_the_same_bits(
+    step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second phase begins at step 4; states are of step 3, 4 and 6."""
+    go(DEEP, toy(tmp_path / "whole", **PHASES, unfreeze_share=0.5))
+    _killed_at(monkeypatch, step)
+    with pytest.raises(_Kill):
+        go(DEEP, toy(tmp_path / "broken", **PHASES, unfreeze_share=0.5))
+    go(DEEP, toy(tmp_path, resume=tmp_path / "broken"))
+    assert_same_run(tmp_path / "whole", tmp_path / "broken")
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_run_does_not_go_on_with_another_part_frozen(tmp_path: Path) -> None:
+    go(DEEP, toy(tmp_path, **PHASES))
+    with pytest.raises(ImgtoolError, match="cannot go on with another --freeze") as caught:
+        go(DEEP, toy(tmp_path, resume=tmp_path, freeze="", steps=16))
+    assert caught.value.code == USAGE
+
+
+def test_a_share_that_opens_only_normalisation_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ImgtoolError, match=r"--unfreeze-share 0\.1 opens nothing") as caught:
+        go(DEEP, toy(tmp_path, **PHASES, unfreeze_share=0.1))
+    assert caught.value.code == USAGE
+
+
+# --- what an engine begins with ---------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_an_engine_fills_a_new_network_but_not_a_resumed_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begun: list[float] = []
+
+    def begin(net: nn.Module, settings: ToyTrain) -> str:
+        begun.append(settings.drop)
+        for parameter in net.parameters():
+            nn.init.constant_(parameter, 0.25)
+        return "begun with quarters"
+
+    engine = dataclasses.replace(TOY, begin=begin)
+    loop = train.Loop(engine, toy(tmp_path), tmp_path, Console())
+    for net in (loop.net, loop.ema):
+        assert all(bool((parameter == 0.25).all()) for parameter in net.parameters())
+    assert "begun with quarters" in capsys.readouterr().err
+    go(engine, toy(tmp_path, drop=0.1))
+    go(engine, toy(tmp_path, resume=tmp_path, steps=12))
+    assert begun == [0.2, 0.1]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_weights_that_were_named_come_after_what_an_engine_begins_with(tmp_path: Path) -> None:
+    go(TOY, toy(tmp_path / "first"))
+    weights = tmp_path / "first" / "best.safetensors"
+
+    def begin(net: nn.Module, settings: ToyTrain) -> str:
+        nn.init.constant_(next(net.parameters()), 0.25)
+        return ""
+
+    engine = dataclasses.replace(TOY, begin=begin)
+    loop = train.Loop(engine, toy(tmp_path / "second", weights=str(weights)), tmp_path, Console())
+    assert_same(dict(loop.net.state_dict()), load_file(weights))
+
+
+# --- compiling --------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_compiling_changes_no_name_and_where_it_does_not_work_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compiled: list[object] = []
+    monkeypatch.setattr(torch, "compile", lambda what, **_: compiled.append(what) or what)
+    go(TOY, toy(tmp_path / "compiled", compile=True))
+    assert len(compiled) == 2  # the trial and the network, which is not the averaged one
+    names = build(ToyModel()).state_dict().keys()
+    assert state(tmp_path / "compiled")["net"].keys() == names
+    assert load_file(tmp_path / "compiled" / "best.safetensors").keys() == names
+
+    def broken(what: object, **_: object) -> object:
+        raise RuntimeError("no working C++ compiler\nmore of it")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    go(TOY, toy(tmp_path / "plain", compile=True))
+    told = capsys.readouterr().err
+    assert "--compile does not work here (RuntimeError: no working C++ compiler): going on without" in told
+    assert_same(state(tmp_path / "plain")["net"], state(tmp_path / "compiled")["net"])
 
 
 # --- what is not finite -----------------------------------------------------------------------
@@ -529,6 +718,30 @@ def test_patience_ends_the_run(scores: tuple[float, ...], tmp_path: Path) -> Non
             go(_scored(*scores), settings)
     assert [row["epoch"] for row in rows(tmp_path)] == [1, 2, 3]
     assert state(tmp_path)["step"] == 12
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_patience_counts_once_nothing_is_left_to_unfreeze(tmp_path: Path) -> None:
+    """The first epoch is the best; the part opens in the fourth, so two more without gain end at five."""
+    scores = (9.0, 8.0, 7.0, 6.0, 5.0, 4.0)
+    go(_scored(*scores), toy(tmp_path, steps=24, patience=2, freeze="0.", unfreeze_epoch=4))
+    assert [row["epoch"] for row in rows(tmp_path)] == [1, 2, 3, 4, 5]
+    assert state(tmp_path)["best"]["epoch"] == 1
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize("higher", [True, False])
+def test_where_held_out_data_does_not_tell_the_metric_another_chooses(higher: bool, tmp_path: Path) -> None:
+    others = iter((2.0, 3.0, 1.0))
+    engine = dataclasses.replace(
+        TOY,
+        score=lambda net, batch: {"psnr": torch.empty(0), "other": torch.full((2,), next(others))},
+        otherwise="other",
+        higher_is_better=higher,
+    )
+    go(engine, toy(tmp_path, steps=12))
+    assert state(tmp_path)["best"]["epoch"] == (2 if higher else 3)
+    assert rows(tmp_path)[0]["scores"] == {"psnr": None, "other": 2.0}
 
 
 @pytest.mark.usefixtures("undrawn")

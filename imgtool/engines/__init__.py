@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from imgtool.engine import Engine
 
 SUMMARY = {
+    "lens": "Straighten photos that a lens bent.",
     "deblur": "Sharpen motion-blurred photos of any size.",
 }
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 import re
 import struct
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
+from xml.etree import ElementTree
+from xml.sax.saxutils import quoteattr
 
 ORIENTATION, EXIF_IFD, GPS_IFD, INTEROP_IFD = 0x0112, 0x8769, 0x8825, 0xA005
 ICC, XMP, DNG_VERSION, SUBFILE_TYPE, MAKER_NOTE = 34675, 700, 50706, 254, 0x927C
@@ -43,6 +45,17 @@ _PORTABLE = frozenset(
     ]
 )
 _PNG = b"\x89PNG\r\n\x1a\n"
+AUX = ("http://ns.adobe.com/exif/1.0/aux/", "aux")
+"""Adobe's namespace of lens and camera properties, and its usual prefix."""
+
+_RDF = "http://www.w3.org/1999/02/22-rdf-syntax-ns#"
+_RDF_END = re.compile(rb"</(?:[\w.-]+:)?RDF\s*>")
+_BOM = b"\xef\xbb\xbf"
+_PACKET = (
+    b'<?xpacket begin="' + _BOM + b'" id="W5M0MpCehiHzreSzNTczkc9d"?>'
+    b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="' + _RDF.encode() + b'">'
+    b'</rdf:RDF></x:xmpmeta><?xpacket end="w"?>'
+)
 _XMP_ORIENTATION = re.compile(rb"(tiff:Orientation\s*=\s*[\"']|<tiff:Orientation>\s*)[2-8]")
 
 
@@ -195,6 +208,61 @@ def upright(exif: bytes) -> bytes:
 def upright_xmp(xmp: bytes) -> bytes:
     """Reset the orientation that an XMP packet states to 1."""
     return _XMP_ORIENTATION.sub(rb"\g<1>1", xmp)
+
+
+def _xmp_tree(xmp: bytes) -> ElementTree.Element | None:
+    """Parse an XMP packet; None where it is broken, or declares entities, which XMP has no use for."""
+    if b"<!" in xmp.replace(b"<!--", b"").replace(b"<![CDATA[", b"") or b"\0" in xmp.strip(b"\0"):
+        return None
+    try:
+        return ElementTree.fromstring(xmp.strip(b"\0 \t\r\n").removeprefix(_BOM))
+    except (ElementTree.ParseError, ValueError, LookupError):
+        return None
+
+
+def xmp_property(xmp: bytes | None, namespace: str, name: str) -> str | None:
+    """Return a simple property that an XMP packet states, None where there is none.
+
+    Args:
+        xmp: The packet; one that is no XML states nothing.
+        namespace: Of the property, such as ``AUX[0]``.
+        name: Of the property.
+    """
+    tree = _xmp_tree(xmp) if xmp else None
+    wanted = f"{{{namespace}}}{name}"
+    for description in () if tree is None else tree.iter(f"{{{_RDF}}}Description"):
+        found = description.get(wanted, description.findtext(wanted))
+        if found is not None:
+            return found.strip()
+    return None
+
+
+def with_xmp_properties(
+    xmp: bytes | None, namespace: str, prefix: str, properties: Mapping[str, str]
+) -> bytes:
+    """State simple properties in an XMP packet (ISO 16684-1), without touching the rest of it.
+
+    Args:
+        xmp: The packet, or None to make one. One that is no XML in UTF-8, or holds no RDF, comes back
+            as it is.
+        namespace: Of the properties, such as ``AUX[0]``.
+        prefix: For the namespace, such as ``AUX[1]``.
+        properties: Name to value; an older value is replaced.
+    """
+    packet = xmp or _PACKET
+    if _xmp_tree(packet) is None or not _RDF_END.search(packet):
+        return packet
+    for bound in set(
+        re.findall(rb"xmlns:([\w.-]+)\s*=\s*[\"']" + re.escape(namespace.encode()) + rb"[\"']", packet)
+    ):
+        for name in properties:
+            word = re.escape(bound + b":" + name.encode())
+            packet = re.sub(rb"\s" + word + rb"\s*=\s*(\"[^\"]*\"|'[^']*')", b"", packet)
+            packet = re.sub(rb"<" + word + rb"(\s[^<>]*)?(/>|>[^<]*</" + word + rb"\s*>)", b"", packet)
+    told = "".join(f" {prefix}:{name}={quoteattr(value)}" for name, value in properties.items())
+    added = f'<r:Description xmlns:r="{_RDF}" r:about="" xmlns:{prefix}="{namespace}"{told}/>'.encode()
+    end = [match.start() for match in _RDF_END.finditer(packet)][-1]
+    return packet[:end] + added + packet[end:]
 
 
 def into_tiff(tiff: bytes, exif: bytes | None, icc: bytes | None, xmp: bytes | None) -> bytes:

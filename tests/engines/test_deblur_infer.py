@@ -18,6 +18,7 @@ from imgtool.engine import Watch
 from imgtool.engines.deblur.engine import ENGINE, tile_facts
 from imgtool.engines.deblur.settings import Infer, Model
 from imgtool.errors import USAGE, ImgtoolError
+from imgtool.images import Photo
 
 ROOT = Path(__file__).parents[2]
 Array = npt.NDArray[Any]
@@ -49,7 +50,7 @@ def picture(height: int, width: int, dtype: str = "float32") -> Array:
 
 
 def apply(net: nn.Module, image: Array, **settings: Any) -> tuple[Array, dict[str, Any]]:
-    result = ENGINE.apply(net, image, Infer(inputs=("-",), **settings), Watch())
+    result = ENGINE.apply(net, Photo(image), Infer(inputs=("-",), **settings), Watch())
     return result.image, dict(result.facts)
 
 
@@ -159,11 +160,12 @@ from imgtool.bench import peak_mb
 from imgtool.engine import Watch
 from imgtool.engines.deblur.engine import ENGINE, tile_facts
 from imgtool.engines.deblur.settings import Infer, Model
+from imgtool.images import Photo
 net = compute.channels_last(ENGINE.build(Model(arch={arch!r})).eval())
 image = np.random.default_rng(0).integers(0, 256, ({height}, {width}, 3), np.uint8)
-ENGINE.apply(net, image[:64, :64], Infer(inputs=("-",)), Watch())
+ENGINE.apply(net, Photo(image[:64, :64]), Infer(inputs=("-",)), Watch())
 base = peak_mb()
-result = ENGINE.apply(net, image, Infer(inputs=("-",), memory={memory}), Watch())
+result = ENGINE.apply(net, Photo(image), Infer(inputs=("-",), memory={memory}), Watch())
 print(base, peak_mb(), result.facts["tiles"], result.image.nbytes / 1e6)
 """
 

@@ -6,11 +6,8 @@ whatever order, so that data order survives worker processes and a resumed run.
 
 from __future__ import annotations
 
-import hashlib
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -20,17 +17,18 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from imgtool import samples
 from imgtool.engines.deblur import blur
 from imgtool.errors import USAGE, ImgtoolError
-from imgtool.images import READABLE, read_rgb8
+from imgtool.images import read_rgb8
+from imgtool.samples import CACHE_BYTES, VALIDATION_SEED, distinct, split
+from imgtool.samples import held as _held
+from imgtool.samples import pictures_in as pictures_in
 
 if TYPE_CHECKING:
     from imgtool.engines.deblur.settings import Severity, Train
 
 Picture = npt.NDArray[Any]
-VALIDATION_SEED = 20_000_003
-CACHE_BYTES = 1_500_000_000
-"""Memory for decoded pictures, of all worker processes together."""
 MOST_SHRUNK = 4
 """Most times that a crop of a photograph is shrunk."""
 LONGEST = 13
@@ -58,34 +56,16 @@ class Source(Protocol):
         ...
 
 
-class Decoded:
+class Decoded(samples.Decoded):
     """Decoded pictures by path, the least recently used dropped when they exceed a budget."""
 
     def __init__(self, budget: int = CACHE_BYTES) -> None:
-        """Hold up to ``budget`` bytes."""
-        self._held: OrderedDict[tuple[Path, int], Picture] = OrderedDict()
-        self._budget, self._bytes = budget, 0
+        """Hold up to ``budget`` bytes of pictures as ``read_rgb8`` reads them."""
+        super().__init__(read_rgb8, budget)
 
-    def __reduce__(self) -> tuple[type[Decoded], tuple[int]]:
+    def __reduce__(self) -> tuple[type[Decoded], tuple[Any, ...]]:
         """Come empty to a worker process."""
         return Decoded, (self._budget,)
-
-    def __call__(self, path: Path, least: int = 0) -> Picture:
-        """Return the picture ``(H, W, 3)``, from memory where it is held.
-
-        Args:
-            path: The file.
-            least: Length that the shorter side must keep, as for ``read_rgb8``.
-        """
-        if (path, least) in self._held:
-            self._held.move_to_end((path, least))
-            return self._held[path, least]
-        picture = read_rgb8(path, least)
-        self._held[path, least] = picture
-        self._bytes += picture.nbytes
-        while self._bytes > self._budget and len(self._held) > 1:
-            self._bytes -= self._held.popitem(last=False)[1].nbytes
-        return picture
 
 
 def place(picture: Picture, size: int, rng: np.random.Generator) -> tuple[int, int]:
@@ -234,43 +214,25 @@ def windows(frames: Sequence[Path], longest: int) -> list[list[Path]]:
     return [list(frames[start : start + longest]) for start in range(len(frames) - longest + 1)]
 
 
-class Samples:
+class Samples(samples.Order[Source]):
     """The data set: sources in proportion to their sizes, flips and rotations, crops."""
 
     def __init__(
         self, sources: Sequence[Source], crop: int, seed: int, length: int, *, augment: bool = True
     ) -> None:
         """Draw from ``sources``; ``length`` samples are called an epoch."""
-        self.sources = [source for source in sources if len(source)]
-        self.crop, self.seed, self.length, self.augment = crop, seed, length, augment
-        self._ends = np.cumsum([len(source) for source in self.sources])
-        self._order = lru_cache(maxsize=4)(self._shuffled)
+        super().__init__(sources, seed)
+        self.crop, self.length, self.augment = crop, length, augment
 
     def __len__(self) -> int:
         """Return the number of samples in an epoch."""
         return self.length
 
-    def _shuffled(self, turn: int) -> npt.NDArray[np.int64]:
-        return np.random.default_rng([self.seed, 1, turn]).permutation(int(self._ends[-1]))
-
-    def __getstate__(self) -> dict[str, object]:
-        """Leave the cache of orders behind when sent to a worker process."""
-        return {name: value for name, value in self.__dict__.items() if name != "_order"}
-
-    def __setstate__(self, state: dict[str, object]) -> None:
-        """Take up the state in a worker process."""
-        self.__dict__.update(state)
-        self._order = lru_cache(maxsize=4)(self._shuffled)
-
     def __getitem__(self, number: int) -> Pair:
         """Return sample ``number``, for any number from 0 on."""
         cv2.setNumThreads(0)  # the worker processes are the parallelism
-        turn, position = divmod(number, int(self._ends[-1]))
-        chosen = int(self._order(turn)[position])
-        source = int(np.searchsorted(self._ends, chosen, side="right"))
-        index = chosen - (int(self._ends[source - 1]) if source else 0)
-        rng = np.random.default_rng([self.seed, 0, number])
-        pictures = self.sources[source].draw(index, rng, self.crop)
+        source, index, rng = self.chosen(number)
+        pictures = source.draw(index, rng, self.crop)
         if self.augment:
             quarter, mirror = int(rng.integers(4)), bool(rng.integers(2))
             pictures = tuple(np.rot90(p[:, ::-1] if mirror else p, quarter) for p in pictures)  # type: ignore[assignment]
@@ -278,15 +240,6 @@ class Samples:
 
 
 # --- folders ---------------------------------------------------------------------------------
-
-
-def pictures_in(folder: Path) -> list[Path]:
-    """List the pictures in a folder and its sub-folders, sorted; a file stands for itself."""
-    if folder.is_file():
-        return [folder]
-    if not folder.is_dir():
-        raise ImgtoolError(f"no such folder: {folder}", "check the path", USAGE)
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in READABLE and p.is_file())
 
 
 def find_pairs(folder: Path, blurred: str = "blur") -> tuple[list[tuple[Path, Path]], list[Path]]:
@@ -326,34 +279,16 @@ def _partner(picture: Path, blurred: str) -> tuple[Path | None, bool]:
     return picture.with_name(f"{picture.stem}_gt{picture.suffix}"), False
 
 
-def _held(name: str, share: float) -> bool:
-    """Decide by the name alone whether a picture is held out, whatever else is in its folder."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]) < share * 2**32
-
-
-def _split(items: Sequence[Path], share: float = 0.05) -> tuple[list[Path], list[Path]]:
-    kept = [item for item in items if not _held(item.stem, share)]
-    out = [item for item in items if _held(item.stem, share)]
-    if not (kept and out):  # a few items only
-        kept, out = list(items[:-1]), list(items[-1:])
-    return kept, out
-
-
-def _distinct(folders: Sequence[Path]) -> dict[Path, Path]:
-    """Return the pictures of folders, each once though folders overlap: resolved path to path."""
-    return {path.resolve(): path for folder in folders for path in pictures_in(folder)}
-
-
 Split = tuple[list[Source], list[Source]]
 
 
 def _of_photos(settings: Train, apart: set[Path], decoded: Decoded) -> Split:
-    paths = [path for real, path in _distinct(settings.photos).items() if real not in apart]
+    paths = [path for real, path in distinct(settings.photos).items() if real not in apart]
     if settings.photos and len(paths) < 2:
         raise ImgtoolError(
             "fewer than two photographs found", "name a folder with sharp photographs by --photos", USAGE
         )
-    kept, out = (paths, []) if settings.validate_on else _split(paths)
+    kept, out = (paths, []) if settings.validate_on else split(paths, lambda path: path.stem, _held)
     return [Photographs(kept, severity(settings), decoded)], [Photographs(out, ALL_BLURRED, decoded)]
 
 
@@ -379,7 +314,7 @@ def _of_pairs(settings: Train, apart: set[Path], decoded: Decoded) -> Split:
 def sequences_in(folders: Sequence[Path]) -> dict[Path, list[Path]]:
     """Return the frames of every folder that holds any: a run never goes from one into the next."""
     found: dict[Path, list[Path]] = {}
-    for path in _distinct(folders).values():
+    for path in distinct(folders).values():
         found.setdefault(path.parent, []).append(path)
     return found
 
@@ -428,7 +363,7 @@ def load(settings: Train) -> tuple[Samples, Samples]:
     if not (settings.photos or settings.pairs or settings.frames):
         raise ImgtoolError("no training data named", "give --photos DIR, --pairs DIR or --frames DIR", USAGE)
     decoded = Decoded(CACHE_BYTES // max(settings.workers, 1))
-    apart = set(_distinct(settings.validate_on))
+    apart = set(distinct(settings.validate_on))
     kept: list[Source] = []
     held = _to_validate(settings, decoded)
     for part in (_of_photos, _of_pairs, _of_frames):

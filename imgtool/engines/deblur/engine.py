@@ -17,6 +17,7 @@ from imgtool.engines.deblur.settings import Model
 if TYPE_CHECKING:
     from imgtool.engine import Pixels
     from imgtool.engines.deblur.settings import Infer, Train
+    from imgtool.images import Photo
 
 NETWORKS: dict[str, type[nn.Module]] = {"unet-lite": model.UNetLite, "unet-seed": model.UNetSeed}
 WHOLE = "unet-seed normalises over the whole image (GroupNorm), so every tile would get tones of its own"
@@ -93,12 +94,13 @@ def _unit(image: Tensor) -> Tensor:
     return image.to(memory_format=torch.channels_last).float() / 255
 
 
-def apply(net: nn.Module, image: Pixels, settings: Infer, watch: Watch) -> Result:
-    """Sharpen ``(H, W, 3)`` RGB of any size, in tiles where it does not fit into ``memory``.
+def apply(net: nn.Module, photo: Photo, settings: Infer, watch: Watch) -> Result:
+    """Sharpen a photo of any size, in tiles where it does not fit into ``memory``.
 
     Raises:
         ImgtoolError: For tiles of a network that may not be cut, or when memory runs out.
     """
+    image = photo.pixels
     facts = tile_facts(net)
     if facts.local and settings.overlap < facts.halo:
         reach = f"less than the network reaches ({facts.halo}): tiles may show"

@@ -1,0 +1,315 @@
+"""Bench of the lens engine: accuracy beside doing nothing, harm, calibrated cameras, cost of applying."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from imgtool import files, images, plots, samples, sheets
+from imgtool.engine import Budget, Engine, Report, Subject, Table, Timing
+from imgtool.engines.lens import estimate, posterior, prior, synthesis, warp
+from imgtool.engines.lens.geometry import BrownConrady, diagonal, error, zoom
+from imgtool.engines.lens.settings import Infer
+from imgtool.errors import USAGE, ImgtoolError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from imgtool.engines.lens.settings import Bench
+
+LARGE = (4000, 6000)
+EXAMPLE = "-0.06,0.02,0.0005,-0.0005"
+"""Coefficients with which applying is timed."""
+DECENTRED = 0.002
+SEED = 20_261_121
+HARM = posterior.HARM
+SHOWN = 8
+Parts = tuple[dict[str, object], list[Budget], list[Table]]
+
+
+@dataclass
+class Errors:
+    """Displacement errors in % of the diagonal, by method, photo after photo."""
+
+    values: dict[str, list[float]] = field(default_factory=dict)
+
+    def add(self, **errors: float) -> None:
+        """Add those of one photo."""
+        for name, value in errors.items():
+            self.values.setdefault(name, []).append(value)
+
+    def mean(self, name: str) -> float:
+        """Return the mean of a method."""
+        return float(np.mean(self.values[name]))
+
+    def harmed(self, name: str) -> float:
+        """Return the share of photos that a method made worse by more than ``HARM``."""
+        return float(np.mean(np.array(self.values[name]) > np.array(self.values["nothing"]) + HARM))
+
+    def table(self, title: str) -> Table:
+        """Return mean, median, 90th percentile and harm of every method."""
+        rows: list[tuple[object, ...]] = []
+        for name, values in self.values.items():
+            low, high = interval(values)
+            quantiles = (f"{np.quantile(values, part):.3f}" for part in (0.5, 0.9))
+            rows.append(
+                (
+                    name,
+                    f"{np.mean(values):.3f}",
+                    f"{low:.3f}-{high:.3f}",
+                    *quantiles,
+                    f"{100 * self.harmed(name):.1f}",
+                )
+            )
+        return Table(
+            title, ("method", "mean", "95 %", "median", "p90", f"worse by > {HARM} %, % of photos"), rows
+        )
+
+    def figures(self) -> dict[str, object]:
+        """Return the same as numbers."""
+        return {
+            name: {
+                "mean": self.mean(name), "median": float(np.median(values)),
+                "p90": float(np.quantile(values, 0.9)), "mean_95": list(interval(values)),
+                "harmed": self.harmed(name),
+            }
+            for name, values in self.values.items()
+        }  # fmt: skip
+
+
+def interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
+    """Return the 95 % confidence interval of the mean by bootstrap (2,000 draws)."""
+    sample = np.asarray(values)
+    means = np.random.default_rng(seed).choice(sample, (2000, len(sample))).mean(1)
+    return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
+
+
+def run(settings: Bench, lab: Any, engine: Engine) -> Report:
+    """Measure the cost of applying always, accuracy where ``photos`` or ``data`` are named."""
+    net = lab.network()
+    parts = [_cost(settings, lab)] if settings.large else []
+    parts += [_photos(settings, net, lab)] if settings.photos else []
+    parts += [_cameras(settings, net, lab)] if settings.data else []
+    figures: dict[str, object] = {"parameters": sum(p.numel() for p in net.parameters())}
+    budgets: list[Budget] = []
+    tables: list[Table] = []
+    for more, limits, shown in parts:
+        figures |= more
+        budgets += limits
+        tables += shown
+    return Report("lens distortion: accuracy, harm, cost", figures, budgets, tables)
+
+
+# --- cost ------------------------------------------------------------------------------------------
+
+
+def _cost(settings: Bench, lab: Any) -> Parts:
+    straight = {"coeffs": EXAMPLE, "crop": "same"}
+    ways = ("linear", "cubic", "lanczos")
+    subjects = [Subject(f"ours, {way}", *LARGE, settings=straight | {"interpolation": way}) for way in ways]
+    subjects.append(Subject("cv2.undistort, linear", *LARGE, baseline=True))
+    timings: dict[str, Timing] = lab.measure(subjects)
+    reference = timings["cv2.undistort, linear"].cpu
+    ratio = timings["ours, linear"].cpu / reference
+    memory = timings["ours, linear"].peak_mb - timings["ours, linear"].base_mb
+    levels = apart_from_opencv()
+    figures: dict[str, object] = {
+        "apply_cpu_seconds": {name: timing.cpu for name, timing in timings.items()},
+        "apply_extra_mb": {name: timing.peak_mb - timing.base_mb for name, timing in timings.items()},
+        "apply_ratio_to_opencv": ratio,
+        "apply_levels_from_opencv": levels,
+    }
+    budgets = [
+        Budget("CPU time of 24 MP linear over cv2.undistort", 1.2, ratio, "times"),
+        Budget("memory above the photo, 24 MP", 100, memory, "MB"),
+        Budget("largest difference to OpenCV's map", 1, levels, "levels"),
+    ]
+    rows: list[tuple[object, ...]] = [
+        (name, f"{t.cpu:.3f}", f"{t.cpu / reference:.2f}", f"{t.peak_mb - t.base_mb:.0f}")
+        for name, t in timings.items()
+    ]
+    if settings.report:
+        seconds = {name: timing.cpu for name, timing in timings.items()}
+        plots.bars(seconds, settings.report / "apply.png", title="6000x4000", xlabel="CPU seconds")
+    title = f"straightening 6000x4000, {settings.threads} thread(s)"
+    return figures, budgets, [Table(title, ("what", "CPU s", "to OpenCV", "MB above the photo"), rows)]
+
+
+def apart_from_opencv() -> int:
+    """Return the largest difference to ``cv2.undistort`` on a smooth picture, in levels of 255."""
+    rng = np.random.default_rng(0)
+    picture = cv2.resize(
+        rng.integers(0, 256, (30, 45, 3), np.uint8), (1500, 1000), interpolation=cv2.INTER_CUBIC
+    )
+    height, width = picture.shape[:2]
+    unit = diagonal(width, height) / 2
+    coefficients = np.array([float(word) for word in EXAMPLE.split(",")])
+    matrix = np.array([[unit, 0, (width - 1) / 2], [0, unit, (height - 1) / 2], [0, 0, 1]])
+    wanted = cv2.undistort(picture, matrix, coefficients).astype(int)
+    model = BrownConrady(*coefficients.tolist())
+    ours = warp.straighten(np.asarray(picture), model, 1.0, interpolation="linear", border="black")
+    return int(np.abs(ours.astype(int) - wanted).max())
+
+
+# --- accuracy --------------------------------------------------------------------------------------
+
+
+def through(photo: npt.NDArray[Any], model: BrownConrady) -> npt.NDArray[Any]:
+    """Return a straight photo ``(H, W, 3)`` as a lens would show it: same size, no border."""
+    height, width = photo.shape[:2]
+    view = synthesis.View(0.995 * synthesis.zoom(model, width, height))
+    return synthesis.look(photo, *synthesis.inverse_map(model, width, height), view)
+
+
+def _infer() -> Infer:
+    return Infer(inputs=("-",))
+
+
+def _judge(
+    net: nn.Module, picture: npt.NDArray[Any], truth: BrownConrady, errors: Errors
+) -> posterior.Estimate:
+    """Add the errors of all methods on one picture; return what the network said."""
+    height, width = picture.shape[:2]
+    settings = _infer()
+    fixed = estimate.together([estimate.edge_evidence(None, picture)])
+    said = estimate.together([estimate.look(net, picture, settings)])
+    chosen = estimate.decide(said, "net", settings.risk).model
+    models = {
+        "nothing": BrownConrady(), "ours": chosen, "ours without gate": said.model,
+        "lines, fixed weights, gated": estimate.decide(fixed, "lines", settings.risk).model,
+    }  # fmt: skip
+    errors.add(**{name: error(model, truth, width, height) for name, model in models.items()})
+    return said
+
+
+def _pictures(folder: Path) -> list[Path]:
+    found = [path for path in samples.pictures_in(folder) if path.suffix.lower() in images.WRITABLE]
+    if not found:
+        raise ImgtoolError(f"no photos in {folder}", "name a folder of straight photos", USAGE)
+    return found
+
+
+def _photos(settings: Bench, net: nn.Module, lab: Any) -> Parts:
+    assert settings.photos is not None
+    paths = _pictures(settings.photos)
+    bent, straight = Errors(), Errors()
+    expected: list[float] = []
+    mirrored: list[float] = []
+    spent: list[float] = []
+    for number in range(max(settings.count, len(paths))):
+        photo = images.read_rgb8(paths[number % len(paths)], 1600)
+        if number < len(paths):
+            began = time.process_time()
+            said = estimate.together([estimate.look(net, photo, _infer())])
+            spent.append(time.process_time() - began)
+            _judge(net, photo, BrownConrady(), straight)
+            flipped = estimate.together([estimate.look(net, np.ascontiguousarray(photo[:, ::-1]), _infer())])
+            height, width = photo.shape[:2]
+            mirrored.append(error(flipped.model.mirrored(), said.model, width, height))
+        if number < settings.count:
+            rng = np.random.default_rng([SEED, number])
+            model = prior.draw(rng, settings.prior, DECENTRED)
+            expected.append(_judge(net, through(photo, model), model, bent).error)
+            if settings.report and number < SHOWN:
+                _show(photo, model, net, settings.report / f"photo-{number:02d}.png")
+        if number % 25 == 24:
+            lab.watch.say(f"{number + 1} photos")
+    ratio, harm = bent.mean("ours") / bent.mean("nothing"), straight.harmed("ours")
+    figures: dict[str, object] = {
+        "distorted": bent.figures() | {"photos": settings.count, "prior": settings.prior},
+        "straight": straight.figures() | {"photos": len(paths)},
+        "expected_error_without_gate": float(np.mean(expected)),
+        "mirrored_apart": float(np.mean(mirrored)),
+        "estimate_cpu_seconds": float(np.mean(spent)),
+    }
+    budgets = [
+        Budget("distorted photos: mean error over doing nothing", 0.5, ratio, "times"),
+        Budget("straight photos made worse", 2, 100 * harm, "%"),
+    ]
+    if settings.report:
+        shown = {name: bent.values[name] for name in ("nothing", "ours")}
+        plots.histogram(
+            shown, settings.report / "errors.png",
+            title=f"{settings.count} distorted photos", xlabel="mean displacement error, % of the diagonal",
+        )  # fmt: skip
+    titles = (
+        f"distorted photos, error in % of the diagonal, {settings.count}",
+        f"straight photos, {len(paths)}",
+    )
+    return figures, budgets, [bent.table(titles[0]), straight.table(titles[1])]
+
+
+def _show(photo: npt.NDArray[Any], model: BrownConrady, net: nn.Module, path: Path) -> None:
+    picture = through(photo, model)
+    said = estimate.decide(estimate.together([estimate.look(net, picture, _infer())]), "net", 0.1).model
+    height, width = picture.shape[:2]
+    larger = zoom(said, width, height, "fill")
+    after = warp.straighten(picture, said, larger, interpolation="cubic", border="black")
+    words = f"true corner {50 * model.corner:+.2f} %, found {50 * said.corner:+.2f} %"
+    sheets.compare(picture, after, path, title=words)
+
+
+# --- calibrated cameras ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Label:
+    """A photo of a calibrated camera."""
+
+    path: Path
+    truth: BrownConrady
+
+
+def labels(folder: Path) -> dict[str, list[Label]]:
+    """Return the photos that every labels.jsonl in a folder names, by camera (the folder's name).
+
+    Raises:
+        ImgtoolError: Code 2, where there are none; code 1 for labels that lack a coefficient.
+    """
+    found: dict[str, list[Label]] = {}
+    for file in sorted(folder.rglob("labels.jsonl")) if folder.is_dir() else []:
+        for row in files.json_lines(file):
+            try:
+                numbers = [float(row[name]) for name in ("k1", "k2", "p1", "p2")]
+                numbers += [float(row.get(name, 0.0)) for name in ("k3", "cx", "cy")]
+                path = file.parent / str(row["file"])
+            except (KeyError, TypeError, ValueError):
+                raise ImgtoolError(
+                    f"{file}: a label lacks file, k1, k2, p1 or p2", "write it again"
+                ) from None
+            found.setdefault(file.parent.name, []).append(Label(path, BrownConrady(*numbers)))
+    if not found:
+        hint = "imgtool data calibrate lens writes them from photos of a chessboard"
+        raise ImgtoolError(f"no labels.jsonl in {folder}", hint, USAGE)
+    return found
+
+
+def _cameras(settings: Bench, net: nn.Module, lab: Any) -> Parts:
+    assert settings.data is not None
+    figures: dict[str, object] = {}
+    budgets: list[Budget] = []
+    tables: list[Table] = []
+    for camera, photos in labels(settings.data).items():
+        errors, seen = Errors(), []
+        for label in photos:
+            picture = images.read_rgb8(label.path)
+            _judge(net, picture, label.truth, errors)
+            seen.append(estimate.look(net, picture, _infer()))
+        together = estimate.together(seen).model
+        width, height = seen[0].width, seen[0].height
+        group = error(together, photos[0].truth, width, height)
+        figures[camera] = errors.figures() | {"photos": len(photos), "together": group}
+        ratio = errors.mean("ours") / errors.mean("nothing")
+        budgets.append(Budget(f"{camera}: mean error over doing nothing", 0.5, ratio, "times"))
+        table = errors.table(f"camera {camera}, error in % of the diagonal, {len(photos)} photos")
+        table.rows.append(("ours, all photos together", f"{group:.3f}", "", "", "", ""))
+        tables.append(table)
+        lab.watch.say(f"camera {camera}: {len(photos)} photos")
+    return {"cameras": figures}, budgets, tables

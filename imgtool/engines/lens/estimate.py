@@ -1,0 +1,266 @@
+"""The estimators: what the distortion of a photo is, how it was found, and whether to act on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from imgtool.engines.lens import formats, lines, plumb, posterior, profiles
+from imgtool.engines.lens.geometry import BrownConrady
+from imgtool.errors import USAGE, ImgtoolError
+from imgtool.images import metadata
+
+if TYPE_CHECKING:
+    from imgtool.engine import Watch
+    from imgtool.engines.lens.settings import Infer
+    from imgtool.images import Photo
+
+Floats = npt.NDArray[np.float64]
+
+CORRECTED = "DistortionCorrectionAlreadyApplied"
+"""Property of Adobe's aux namespace that says so."""
+AUX = "http://ns.adobe.com/exif/1.0/aux/"
+SMALLEST = 0.02
+"""Percent of the diagonal that an estimate must move the mean pixel by: less is not worth resampling."""
+AGAINST = -3.0
+"""Log-likelihood ratio below which the edges of a photo speak against its lens profile."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """The distortion of a photo, as it is going to be taken out.
+
+    Attributes:
+        model: The model; straight where the photo is left alone.
+        method: "net", "lines", "profile", "given" or "none".
+        estimate: What a network or the edges said; None for others.
+        reason: Why a photo is left alone, or "".
+        together: Photos that were solved together.
+    """
+
+    model: BrownConrady
+    method: str
+    estimate: posterior.Estimate | None = None
+    reason: str = ""
+    together: int = 1
+
+
+class Evidence(NamedTuple):
+    """What a network or the edges know of one photo: its likelihood, or its own estimate."""
+
+    likelihood: posterior.Likelihood | None
+    own: posterior.Estimate | None
+    width: int
+    height: int
+
+
+@torch.inference_mode()
+def edge_evidence(net: plumb.LinesNet | None, pixels: npt.NDArray[Any]) -> Evidence:
+    """Return the likelihood by the edges of a photo ``(H, W, 3)``, weighed by a network or fixed weights."""
+    height, width = pixels.shape[:2]
+    return Evidence(edge_likelihood(net, lines.find(pixels)), None, width, height)
+
+
+@torch.inference_mode()
+def edge_likelihood(net: nn.Module | None, found: lines.Lines) -> posterior.Likelihood:
+    """Return the likelihood by edges; without any, all candidates are alike."""
+    given = plumb.evidence(found)
+    if net is None:
+        said = plumb.fixed(given)
+    else:
+        given = plumb.Evidence(*(part.to(next(net.parameters()).device) for part in given))
+        said = net(given)
+
+    @torch.inference_mode()
+    def likelihood(candidates: Floats) -> Floats:
+        if not len(found.points):
+            return np.zeros(len(candidates))
+        where = given.points.device
+        chosen = torch.from_numpy(np.ascontiguousarray(candidates)).float().to(where)
+        left = (plumb.bends(given, part[None]) for part in torch.split(chosen, 128))
+        parts = [plumb.log_likelihood(said, each)[0] for each in left]
+        return torch.cat(parts).double().cpu().numpy()
+
+    return likelihood
+
+
+@torch.inference_mode()
+def pixel_evidence(net: nn.Module, pixels: npt.NDArray[Any]) -> Evidence:
+    """Return what a network that looks at pixels says of a photo ``(H, W, 3)``."""
+    from imgtool.engines.lens import network
+
+    height, width = pixels.shape[:2]
+    assert isinstance(net, network.ImageEstimator)
+    mean, root = network.says(net, pixels)
+    return Evidence(None, posterior.around(mean, root, width, height), width, height)
+
+
+def look(net: nn.Module, pixels: npt.NDArray[Any], settings: Infer) -> Evidence:
+    """Return what the estimator of the settings sees in a photo."""
+    if settings.estimator == "lines":
+        return edge_evidence(None, pixels)
+    if isinstance(net, plumb.LinesNet):
+        return edge_evidence(net, pixels)
+    return pixel_evidence(net, pixels)
+
+
+def together(all_of_them: Sequence[Evidence]) -> posterior.Estimate:
+    """Return the one estimate of photos that share a lens: their likelihoods are multiplied."""
+    first = all_of_them[0]
+    likelihoods = [each.likelihood for each in all_of_them if each.likelihood is not None]
+    if likelihoods:
+        return posterior.estimate(
+            lambda candidates: np.sum([each(candidates) for each in likelihoods], axis=0),
+            first.width, first.height,
+        )  # fmt: skip
+    own = [each.own for each in all_of_them if each.own is not None]
+    return own[0] if len(own) == 1 else posterior.pooled(own, first.width, first.height)
+
+
+def decide(estimate: posterior.Estimate, method: str, risk: float, count: int = 1) -> Found:
+    """Take the estimate, or leave the photo alone where it may do harm or nothing."""
+    if estimate.risk > risk:
+        return Found(BrownConrady(), "none", estimate, "the photo does not show enough to be sure", count)
+    if estimate.size < SMALLEST or estimate.error >= estimate.untouched:
+        return Found(BrownConrady(), "none", estimate, "no distortion found", count)
+    return Found(estimate.model, method, estimate, "", count)
+
+
+def corrected(photo: Photo) -> bool:
+    """Tell whether a photo says of itself that its distortion was taken out already."""
+    value = metadata.xmp_property(photo.xmp, AUX, CORRECTED) if photo.xmp else None
+    return value is not None and value.strip().lower() in ("true", "1")
+
+
+def given(photo: Photo, settings: Infer, watch: Watch, name: str = "") -> BrownConrady:
+    """Return the coefficients that the user gave: four numbers, or a file.
+
+    Raises:
+        ImgtoolError: Code 2 for what cannot be read as either, or folds the picture.
+    """
+    text = settings.coeffs
+    height, width = photo.pixels.shape[:2]
+    numbers = text.split(",")
+    if len(numbers) == 4 and not Path(text).is_file():
+        try:
+            k1, k2, p1, p2 = map(float, numbers)
+        except ValueError:
+            raise ImgtoolError(f"--coeffs {text}: not four numbers", "give k1,k2,p1,p2", USAGE) from None
+        model = BrownConrady(k1, k2, p1, p2)
+        if not np.isfinite([k1, k2, p1, p2]).all():
+            raise ImgtoolError(f"--coeffs {text}: not finite", "give k1,k2,p1,p2", USAGE)
+        if settings.normalisation == "original":
+            model, rest = formats.from_original(k1, k2, p1, p2, width, height)
+            watch.say(
+                f"the original's coefficients are not those of a round lens: {rest:.3f} % of the diagonal off"
+            )
+    else:
+        focal = profiles.facts_of(photo.exif).focal_mm or None
+        model = formats.read(Path(text), width, height, name, focal_mm=focal, say=watch.say)
+    if model.folds():
+        raise ImgtoolError(
+            f"--coeffs {text}: they fold the picture, two places of it onto one",
+            "check their order, sign and normalisation (half of the diagonal is 1)",
+            USAGE,
+        )
+    return model
+
+
+def of_profile(net: nn.Module, photo: Photo, settings: Infer) -> Found | None:
+    """Return the lens profile of a photo, None where there is none or the photo speaks against it."""
+    height, width = photo.pixels.shape[:2]
+    profile = profiles.find(photo.exif, width, height)
+    if profile is None:
+        return None
+    if settings.estimator == "auto" and isinstance(net, plumb.LinesNet):
+        likelihood = edge_evidence(net, photo.pixels).likelihood
+        model = profile.model
+        if likelihood is not None:
+            both = likelihood(np.array([[model.k1, model.k2, model.p1, model.p2], [0, 0, 0, 0]], np.float64))
+            if both[0] - both[1] < AGAINST:
+                return None
+    return Found(profile.model.clamped(), "profile")
+
+
+def of(net: nn.Module, photo: Photo, settings: Infer, watch: Watch, name: str = "") -> Found:
+    """Find the distortion of one photo by the estimator that the settings name.
+
+    Raises:
+        ImgtoolError: A profile that was asked for is not there, or coefficients that are of no use.
+    """
+    if settings.coeffs:
+        model = given(photo, settings, watch, name)
+        return Found(model, "given", reason="" if not model.straight else "the coefficients are 0")
+    if settings.estimator == "none":
+        return Found(BrownConrady(), "none", reason="--estimator none")
+    if corrected(photo) and not settings.force:
+        return Found(
+            BrownConrady(), "none", reason="it says that it is corrected already; --force does it again"
+        )
+    if settings.estimator == "profile" or (settings.estimator == "auto" and profiles.available()):
+        found = of_profile(net, photo, settings)
+        if found is not None:
+            return found
+        if settings.estimator == "profile":
+            raise ImgtoolError("no lens profile for this photo", "take --estimator auto, or give --coeffs")
+    estimate = together([look(net, photo.pixels, settings)])
+    return decide(estimate, "lines" if settings.estimator == "lines" else "net", settings.risk)
+
+
+# --- groups ----------------------------------------------------------------------------------------
+
+
+def wants_survey(settings: Infer) -> bool:
+    """Tell whether photos are to be solved together."""
+    return settings.group != "none" and not settings.coeffs and settings.estimator != "none"
+
+
+def _key(name: str, photo: Photo, settings: Infer) -> tuple[object, ...] | None:
+    height, width = photo.pixels.shape[:2]
+    if settings.group == "folder":
+        return (str(Path(name).parent), width, height)
+    return profiles.group_key(photo.exif, width, height)
+
+
+def survey(
+    net: nn.Module, photos: Sequence[tuple[str, Callable[[], Photo]]], settings: Infer, watch: Watch
+) -> list[Found | None]:
+    """Solve photos of one lens together; None for a photo that stays alone or cannot be read.
+
+    A profile or a mark of an earlier correction is looked for when the photo's turn comes.
+    """
+    groups: dict[tuple[object, ...], list[int]] = {}
+    seen: dict[int, Evidence] = {}
+    for number, (name, read) in enumerate(photos):
+        try:
+            photo = read()
+        except ImgtoolError:
+            continue  # it is told when its turn comes
+        key = _key(name, photo, settings)
+        if key is not None and not corrected(photo):
+            groups.setdefault(key, []).append(number)
+            seen[number] = look(net, photo.pixels, settings)
+        watch.done(number + 1, len(photos))
+    found: list[Found | None] = [None] * len(photos)
+    method = "lines" if settings.estimator == "lines" else "net"
+    for members in groups.values():
+        if len(members) > 1:
+            estimate = together([seen[number] for number in members])
+            shared = decide(estimate, method, settings.risk, len(members))
+            for number in members:
+                found[number] = shared
+    return found
+
+
+def shared(alone: Callable[[], Found], known: Found | None, photo: Photo, settings: Infer) -> Found:
+    """Return the group's finding for a photo, or its own where it has none or was corrected already."""
+    if known is None or (corrected(photo) and not settings.force):
+        return alone()
+    return known
