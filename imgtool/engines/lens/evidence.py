@@ -32,7 +32,7 @@ Floats = npt.NDArray[np.float64]
 EDGES = 128
 """Edges of a sample: the longest, filled up with none."""
 CANDIDATES = 72
-VARIANTS = 6
+VARIANTS = 4
 """Variants of a photograph."""
 KEPT = 40_000
 """Variants kept in memory, about 10 kB each."""
@@ -76,19 +76,15 @@ class Traced(NamedTuple):
 
 
 def variant(photo: npt.NDArray[Any], rng: np.random.Generator) -> Traced:
-    """Cut, resize and soil a photograph ``(H, W, 3)`` uint8 at random, and trace its edges."""
+    """Resize and soil a photograph ``(H, W, 3)`` uint8 at random, and trace its edges."""
     height, width = photo.shape[:2]
-    part = rng.uniform(0.7, 1.0)
-    high, wide = (max(round(size * part * rng.uniform(0.85, 1)), min(size, 16)) for size in (height, width))
-    top, left = rng.integers(height - high + 1), rng.integers(width - wide + 1)
-    cut = photo[top : top + high, left : left + wide]
     factor = float(np.exp(rng.uniform(math.log(0.7), math.log(1.5))))
-    factor = min(factor, LARGEST / max(high, wide))
-    size = (max(round(wide * factor), 1), max(round(high * factor), 1))
-    cut = cv2.resize(cut, size, interpolation=cv2.INTER_AREA if factor < 1 else cv2.INTER_CUBIC)
+    factor = min(factor, LARGEST / max(height, width))
+    size = (max(round(width * factor), 1), max(round(height * factor), 1))
+    resized = cv2.resize(photo, size, interpolation=cv2.INTER_AREA if factor < 1 else cv2.INTER_CUBIC)
     if rng.random() < 0.5:
-        cut = _soiled(cut, rng)
-    return Traced(lines.find(cut), *size)
+        resized = _soiled(resized, rng)
+    return Traced(lines.find(resized), *size)
 
 
 def _soiled(picture: npt.NDArray[Any], rng: np.random.Generator) -> npt.NDArray[Any]:

@@ -66,8 +66,8 @@ class Train(Model, Synthesis, common.Train):
     )
     loss: Literal["field", "photo", "both"] = setting(
         "field",
-        "field: the displacement field (lines: its likelihood); photo: as the original, 0.8 (1 - SSIM) + 0.2 L1 "
-        "of the straightened photo; both: their sum.",
+        "field: the displacement field (lines: its likelihood); photo: as the original, 0.8 (1 - SSIM) + "
+        "0.2 L1 of the straightened photo; both: their sum.",
         panel="Training",
     )
     photo_size: int = setting(
