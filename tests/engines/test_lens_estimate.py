@@ -167,11 +167,11 @@ def test_a_photo_without_edges_is_no_surprise() -> None:
     empty = lines.Lines(np.zeros((0, lines.POINTS, 2)), np.zeros((0, 4)), 300.0)
     samples = [
         evidence.sample(evidence.Traced(empty, 400, 300), prior.draw(rng, "mixed", 0.002), settings, rng)
-        for _ in range(200)
+        for _ in range(80)
     ]
     batch = evidence.Sample(*(torch.stack(parts) for parts in zip(*samples, strict=True)))
     with torch.no_grad():
-        assert float(plumb.loss(plumb.LinesNet(), batch, 0.2).mean()) == pytest.approx(0, abs=0.05)
+        assert float(plumb.loss(plumb.LinesNet(), batch, 0.2).mean()) == pytest.approx(0, abs=0.08)
 
 
 @MODELS
@@ -319,6 +319,9 @@ def test_a_group_is_solved_together_and_others_alone(tmp_path: Path) -> None:
 
 def test_the_gate_weighs_risk() -> None:
     calm = posterior.Estimate(BARREL, (0, 0, 0, 0), 0.0, 0.4, 0.05, 0.4, 0.02, 9.0)
+    bold = posterior.Estimate(BARREL, (0, 0, 0, 0), 0.0, 0.4, 0.1, 0.4, 0.25, 5.0)
+    assert estimate.decide(bold, "net", 0.05).model == BARREL
+    assert estimate.decide(bold, "net", 0.04).model.straight
     risky = posterior.Estimate(BARREL, (0, 0, 0, 0), 0.0, 0.4, 0.3, 0.4, 0.3, 1.0)
     tiny = posterior.Estimate(BARREL, (0, 0, 0, 0), 0.9, 0.01, 0.001, 0.01, 0.0, 0.0)
     assert estimate.decide(calm, "net", 0.1).model == BARREL

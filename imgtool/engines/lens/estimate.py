@@ -29,6 +29,7 @@ CORRECTED = "DistortionCorrectionAlreadyApplied"
 AUX = "http://ns.adobe.com/exif/1.0/aux/"
 SMALLEST = 0.02
 """Percent of the diagonal that an estimate must move the mean pixel by: less is not worth resampling."""
+SURE, BOLDER = 0.4, 6.0
 AGAINST = -3.0
 """Log-likelihood ratio below which the edges of a photo speak against its lens profile."""
 
@@ -61,11 +62,18 @@ class Evidence(NamedTuple):
     height: int
 
 
-@torch.inference_mode()
-def edge_evidence(net: plumb.LinesNet | None, pixels: npt.NDArray[Any]) -> Evidence:
-    """Return the likelihood by the edges of a photo ``(H, W, 3)``, weighed by a network or fixed weights."""
+def edge_evidence(
+    net: plumb.LinesNet | None, pixels: npt.NDArray[Any], found: lines.Lines | None = None
+) -> Evidence:
+    """Return the likelihood by the edges of a photo.
+
+    Args:
+        net: Weighs the edges; None takes fixed weights.
+        pixels: ``(H, W, 3)``.
+        found: The edges, where they were found before.
+    """
     height, width = pixels.shape[:2]
-    return Evidence(edge_likelihood(net, lines.find(pixels)), None, width, height)
+    return Evidence(edge_likelihood(net, found or lines.find(pixels)), None, width, height)
 
 
 @torch.inference_mode()
@@ -125,8 +133,16 @@ def together(all_of_them: Sequence[Evidence]) -> posterior.Estimate:
 
 
 def decide(estimate: posterior.Estimate, method: str, risk: float, count: int = 1) -> Found:
-    """Take the estimate, or leave the photo alone where it may do harm or nothing."""
-    if estimate.risk > risk:
+    """Take the estimate, or leave the photo alone where it may do harm or nothing.
+
+    Args:
+        estimate: What was found.
+        method: How.
+        risk: Largest probability of harm; ``BOLDER`` times that where the estimate takes away at least
+            ``SURE`` of the expected error.
+        count: Photos that were solved together.
+    """
+    if estimate.risk > risk * (BOLDER if estimate.confidence >= SURE else 1):
         return Found(BrownConrady(), "none", estimate, "the photo does not show enough to be sure", count)
     if estimate.size < SMALLEST or estimate.error >= estimate.untouched:
         return Found(BrownConrady(), "none", estimate, "no distortion found", count)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from imgtool.engine import Examples, Terms, TileFacts
 from imgtool.engines.lens import data, estimate, evidence, lines, network, objective, plumb, posterior
 from imgtool.engines.lens.geometry import BrownConrady
-from imgtool.engines.lens.settings import Model
+from imgtool.engines.lens.settings import RISK, Model
 from imgtool.errors import USAGE, ImgtoolError
 
 if TYPE_CHECKING:
@@ -49,6 +49,12 @@ def load(settings: Train) -> tuple[Examples, Examples]:
             "take --loss field or --arch efficientnet-b0",
             USAGE,
         )
+    if settings.pairs:
+        raise ImgtoolError(
+            "the network lines learns from straight photos, not from pairs",
+            "name them by --photos, or take --arch efficientnet-b0",
+            USAGE,
+        )
     kept, held = data.photographs(settings)
     return evidence.Bent(kept, settings), evidence.Held(held, settings)
 
@@ -73,7 +79,8 @@ def score(net: nn.Module, batch: Any) -> Terms:
         model = guess.model
         apart = np.array([model.k1, model.k2, model.p1, model.p2]) - truth
         after, none = (float(posterior.errors(each[None], bent)[0]) for each in (apart, truth))
-        rows.append((after, none, none if guess.risk > 0.1 else after, abs(apart[0] + apart[1]) * 50))
+        chosen = none if estimate.decide(guess, "net", RISK).model.straight else after
+        rows.append((after, none, chosen, abs(apart[0] + apart[1]) * 50))
     columns = torch.tensor(rows).T
     return dict(zip(("ade", "untouched", "gated", "corner"), columns, strict=True))
 

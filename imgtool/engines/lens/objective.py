@@ -18,6 +18,7 @@ from imgtool.engine import Terms
 from imgtool.engines.lens import posterior
 from imgtool.engines.lens.geometry import BrownConrady
 from imgtool.engines.lens.network import SHARE, Guess, root
+from imgtool.engines.lens.settings import RISK
 from imgtool.engines.lens.undistort import undistort
 
 if TYPE_CHECKING:
@@ -32,8 +33,6 @@ RAW = 0.2
 """Weight of the error with zoom, turn and shift left in."""
 SPREAD = 0.1
 """Weight of the likelihood that teaches the network how sure it may be."""
-RISK = 0.1
-"""Risk above which ``infer`` leaves a photo as it is by default."""
 
 
 def look(net: nn.Module, batch: Sample) -> Guess:

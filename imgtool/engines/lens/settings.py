@@ -9,6 +9,9 @@ from typing import ClassVar, Literal
 from imgtool import settings as common
 from imgtool.settings import Place, Settings, setting
 
+RISK = 0.05
+"""Largest probability of harm with which a photo is still changed."""
+
 
 class Model(Settings):
     """What shapes the network."""
@@ -93,8 +96,9 @@ class Infer(common.Infer):
         panel="Network",
     )
     risk: float = setting(
-        0.1,
-        "Largest probability of doing harm with which a photo is still changed; 1 always corrects.",
+        RISK,
+        "Largest probability of doing harm with which a photo is still changed, six times that where much is "
+        "won; 1 always corrects.",
         panel="Network", ge=0, le=1,
     )  # fmt: skip
     group: Literal["none", "exif", "folder"] = setting(
