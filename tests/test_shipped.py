@@ -14,6 +14,8 @@ from torch import nn
 from imgtool import checkpoint, engines, images, metrics
 from imgtool.engine import Engine, Watch
 from imgtool.engines.deblur.settings import Infer
+from imgtool.engines.lens.geometry import BrownConrady, error
+from imgtool.engines.lens.settings import Infer as LensInfer
 
 ROOT = Path(__file__).parents[1]
 NAMES = checkpoint.shipped()
@@ -55,7 +57,9 @@ def test_half_precision_and_finite(name: str) -> None:
 @each_name
 def test_the_card(name: str) -> None:
     card = (checkpoint.SHIPPED / f"{name}.md").read_text(encoding="utf-8").lower()
-    for words in ("data", "licence", "seed", f"imgtool train {name.split('-')[0]}", "db"):
+    measured = {"deblur": "db", "lens": "% of the diagonal"}
+    engine = name.split("-")[0]
+    for words in ("data", "licence", "seed", f"imgtool train {engine}", measured[engine]):
         assert words in card, f"the card of {name} does not speak of {words}"
 
 
@@ -96,3 +100,21 @@ def test_a_blurred_photo_is_changed(name: str) -> None:
     engine, net = loaded(name)
     pixels = images.read_rgb8(ROOT / "examples" / "blurred.jpg")
     assert np.abs(apply(engine, net, pixels).astype(int) - pixels).max() > 8
+
+
+def test_a_curved_photo_is_straightened() -> None:
+    """The example's camera is calibrated: -14.2 % at the corners, 1.46 % of the diagonal on the mean."""
+    engine, net = loaded("lens-lines")
+    truth = BrownConrady(-0.489, 0.293, -0.001, 0.0, -0.088, 0.014, 0.028)
+    photo = images.read(ROOT / "examples" / "curved.jpg")
+    facts = engine.apply(net, photo, LensInfer(inputs=("-",)), Watch()).facts
+    found = BrownConrady(*(facts[name] for name in ("k1", "k2", "p1", "p2")))
+    assert facts["method"] == "net"
+    assert error(found, truth, 1280, 960) < 0.25 < 1.4 < error(BrownConrady(), truth, 1280, 960)
+
+
+@pytest.mark.parametrize("name", ["sharp.jpg", "blurred.jpg"])
+def test_flowers_and_shrubs_are_left_alone(name: str) -> None:
+    engine, net = loaded("lens-lines")
+    photo = images.read(ROOT / "examples" / name)
+    assert engine.apply(net, photo, LensInfer(inputs=("-",)), Watch()).image is photo.pixels

@@ -202,7 +202,7 @@ def test_bench_measures_photos_and_cameras(
         for n in range(3)
     ]
     Path("camera/labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    words = "bench lens --photos straight --data camera --count 8 --no-large --report page --json --weights"
+    words = "bench lens --photos straight --data camera --count 10 --no-large --report page --json --weights"
     run([*words.split(), weights])
     record = json.loads(capsys.readouterr().out)
     figures = record["figures"]
@@ -210,9 +210,10 @@ def test_bench_measures_photos_and_cameras(
     assert camera["nothing"]["mean"] == pytest.approx(error(BrownConrady(), BARREL, 720, 480))
     assert camera["ours without gate"]["mean"] < 0.3 * camera["nothing"]["mean"]
     assert camera["together"] < 0.1
-    assert figures["distorted"]["photos"] == 8
+    assert figures["distorted"]["photos"] == 10
     assert figures["together"]["ours"]["mean"] <= figures["together"]["nothing"]["mean"]
-    assert figures["straight"]["nothing"]["mean"] == 0
+    assert figures["straight"]["nothing"]["mean"] == figures["straightened"]["nothing"]["mean"] == 0
+    assert figures["all_cameras"]["nothing"]["mean"] == camera["nothing"]["mean"]
     assert {budget["unit"] for budget in record["budgets"]} == {"times", "%"}
     assert Path("page/errors.png").exists()
 

@@ -32,6 +32,8 @@ DECENTRED = 0.001
 SEED = 20_261_121
 HARM = posterior.HARM
 SHOWN = 6
+LONGER = 1600
+"""Least pixels of a photo's shorter side that reading keeps."""
 TOGETHER = 8
 """Photos of one lens that are solved together."""
 MIRRORED = 24
@@ -209,30 +211,19 @@ def _pictures(folder: Path) -> list[Path]:
 
 
 def _photos(settings: Bench, net: nn.Module, lab: Any) -> Parts:
-    """Measure on straight photos, and on the same seen through lenses drawn at random.
-
-    Runs of ``TOGETHER`` photos share a lens, so that solving them together is measured too.
-    """
+    """Measure on straight photos, and on the same seen through lenses drawn at random."""
     paths = _pictures(settings.photos or Path())
     straight, spent, mirrored = _straight(paths, net)
     lab.watch.say(f"{len(paths)} straight photos")
-    bent, groups = Errors(), Errors()
-    batch: list[estimate.Evidence] = []
-    model = BrownConrady()
+    bent = Errors()
     for number in range(settings.count):
-        place = np.random.default_rng([SEED, 1, number // len(paths)]).permutation(len(paths))[
-            number % len(paths)
-        ]
-        photo = images.read_rgb8(paths[place], 1600)
-        if number % TOGETHER == 0:
-            model = prior.draw(np.random.default_rng([SEED, number]), settings.prior, DECENTRED)
-            batch = []
-        batch.append(_judge(net, through(photo, model), model, bent))
-        if settings.report and number < SHOWN * TOGETHER and number % TOGETHER == 0:
+        photo, model = _drawn(paths, number), _lens(number, settings)
+        _judge(net, through(photo, model), model, bent)
+        if settings.report and number < SHOWN:
             _show(photo, model, net, settings.report / f"photo-{number:03d}.png")
-        if len(batch) == TOGETHER:
-            groups.add(**_group(batch, model))
+        if number % 25 == 24:
             lab.watch.say(f"{number + 1} distorted photos")
+    groups = _groups(settings, paths, net)
     ratio, harm = bent.mean("ours") / bent.mean("nothing"), straight.harmed("ours")
     figures: dict[str, object] = {
         "distorted": bent.figures() | {"photos": settings.count, "prior": settings.prior},
@@ -261,11 +252,37 @@ def _photos(settings: Bench, net: nn.Module, lab: Any) -> Parts:
     return figures, budgets, tables
 
 
+def _drawn(paths: Sequence[Path], number: int) -> npt.NDArray[Any]:
+    """Return photo ``number`` of an endless list in which every photo comes as often."""
+    turn, place = divmod(number, len(paths))
+    order = np.random.default_rng([SEED, 1, turn]).permutation(len(paths))
+    return images.read_rgb8(paths[order[place]], LONGER)
+
+
+def _lens(number: int, settings: Bench) -> BrownConrady:
+    return prior.draw(np.random.default_rng([SEED, number]), settings.prior, DECENTRED)
+
+
+def _groups(settings: Bench, paths: Sequence[Path], net: nn.Module) -> Errors:
+    """Return the errors of solving photos of one lens together, for a tenth as many lenses as photos."""
+    errors = Errors()
+    for group in range(settings.count // 10):
+        model = _lens(settings.count + group, settings)
+        photos = [through(_drawn(paths, TOGETHER * group + number), model) for number in range(TOGETHER)]
+        seen = [estimate.look(net, photo, _infer()) for photo in photos]
+        found = estimate.decide(estimate.together(seen), "net", RISK).model
+        width, height = seen[0].width, seen[0].height
+        errors.add(
+            nothing=error(BrownConrady(), model, width, height), ours=error(found, model, width, height)
+        )
+    return errors
+
+
 def _straight(paths: Sequence[Path], net: nn.Module) -> tuple[Errors, float, float]:
     """Return the errors on straight photos, CPU seconds of an estimate, and how far mirror images differ."""
     errors, spent, apart = Errors(), [], []
     for number, path in enumerate(paths):
-        photo = images.read_rgb8(path, 1600)
+        photo = images.read_rgb8(path, LONGER)
         height, width = photo.shape[:2]
         _judge(net, photo, BrownConrady(), errors)
         if number < MIRRORED:
@@ -276,16 +293,6 @@ def _straight(paths: Sequence[Path], net: nn.Module) -> tuple[Errors, float, flo
             other = estimate.together([estimate.look(net, turned, _infer())]).model
             apart.append(error(other.mirrored(), said, width, height))
     return errors, float(np.mean(spent)), float(np.mean(apart))
-
-
-def _group(batch: Sequence[estimate.Evidence], truth: BrownConrady) -> dict[str, float]:
-    """Return the errors of solving photos of one lens together."""
-    width, height = batch[0].width, batch[0].height
-    model = estimate.decide(estimate.together(batch), "net", _infer().risk).model
-    return {
-        "nothing": error(BrownConrady(), truth, width, height),
-        "ours": error(model, truth, width, height),
-    }
 
 
 def _show(photo: npt.NDArray[Any], model: BrownConrady, net: nn.Module, path: Path) -> None:
@@ -334,21 +341,41 @@ def labels(folder: Path) -> dict[str, list[Label]]:
 
 
 def _cameras(settings: Bench, net: nn.Module, lab: Any) -> Parts:
+    """Measure on photos of calibrated cameras, as they are and straightened by the calibration."""
     figures: dict[str, object] = {}
-    budgets: list[Budget] = []
     tables: list[Table] = []
+    every, straight = Errors(), Errors()
     for camera, photos in labels(settings.data or Path()).items():
         errors, seen = Errors(), []
         for label in photos:
-            seen.append(_judge(net, images.read_rgb8(label.path), label.truth, errors))
-        together = estimate.together(seen).model
-        width, height = seen[0].width, seen[0].height
-        group = error(together, photos[0].truth, width, height)
+            picture = images.read_rgb8(label.path)
+            height, width = picture.shape[:2]
+            seen.append(_judge(net, picture, label.truth, errors))
+            larger = zoom(label.truth, width, height, "fill")
+            flat = warp.straighten(picture, label.truth, larger, interpolation="cubic", border="black")
+            _judge(net, flat, BrownConrady(), straight)
+        for name, values in errors.values.items():
+            every.values.setdefault(name, []).extend(values)
+        group = error(estimate.together(seen).model, photos[0].truth, seen[0].width, seen[0].height)
         figures[camera] = errors.figures() | {"photos": len(photos), "together": group}
-        ratio = errors.mean("ours") / errors.mean("nothing")
-        budgets.append(Budget(f"{camera}: mean error over doing nothing", 0.5, ratio, "times"))
         table = errors.table(f"camera {camera}, error in % of the diagonal, {len(photos)} photos")
         table.rows.append(("ours, all photos together", f"{group:.3f}", "", "", "", ""))
         tables.append(table)
         lab.watch.say(f"camera {camera}: {len(photos)} photos")
-    return {"cameras": figures}, budgets, tables
+    count = len(every.values["ours"])
+    tables.append(straight.table(f"straightened by calibration, {count} photos"))
+    budgets = [
+        Budget(
+            "calibrated cameras: mean error over doing nothing",
+            0.5,
+            every.mean("ours") / every.mean("nothing"),
+            "times",
+        ),
+        Budget("photos straightened by calibration made worse", 2, 100 * straight.harmed("ours"), "%"),
+    ]
+    more: dict[str, object] = {
+        "cameras": figures,
+        "all_cameras": every.figures(),
+        "straightened": straight.figures(),
+    }
+    return more, budgets, tables

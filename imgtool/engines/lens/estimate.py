@@ -29,7 +29,9 @@ CORRECTED = "DistortionCorrectionAlreadyApplied"
 AUX = "http://ns.adobe.com/exif/1.0/aux/"
 SMALLEST = 0.02
 """Percent of the diagonal that an estimate must move the mean pixel by: less is not worth resampling."""
-SURE, BOLDER = 0.4, 6.0
+LEAST = 0.2
+"""Share of the expected error that an estimate must take away."""
+SURE, BOLDER = 0.5, 6.0
 AGAINST = -3.0
 """Log-likelihood ratio below which the edges of a photo speak against its lens profile."""
 
@@ -144,8 +146,10 @@ def decide(estimate: posterior.Estimate, method: str, risk: float, count: int = 
     """
     if estimate.risk > risk * (BOLDER if estimate.confidence >= SURE else 1):
         return Found(BrownConrady(), "none", estimate, "the photo does not show enough to be sure", count)
-    if estimate.size < SMALLEST or estimate.error >= estimate.untouched:
+    if estimate.size < SMALLEST:
         return Found(BrownConrady(), "none", estimate, "no distortion found", count)
+    if estimate.confidence < LEAST * (risk < 1):
+        return Found(BrownConrady(), "none", estimate, "the photo does not show enough to be sure", count)
     return Found(estimate.model, method, estimate, "", count)
 
 

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 from imgtool import settings as common
 from imgtool.settings import Place, Settings, setting
 
-RISK = 0.05
+RISK = 0.03
 """Largest probability of harm with which a photo is still changed."""
 
 
