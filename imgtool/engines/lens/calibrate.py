@@ -131,6 +131,18 @@ def find_corners(picture: npt.NDArray[Any], pattern: Size) -> npt.NDArray[np.flo
     return np.asarray(corners, np.float32).reshape(-1, 2)
 
 
+def refined(
+    picture: npt.NDArray[Any], corners: npt.NDArray[np.float32], pattern: Size
+) -> npt.NDArray[np.float32]:
+    """Return corners placed again by the gradients around each (Foerstner), ``(N, 2)``.
+
+    Which of the two is better depends on the photos: on sharp small ones this, on soft ones the other.
+    """
+    grey = cv2.cvtColor(picture, cv2.COLOR_RGB2GRAY) if picture.ndim == 3 else picture
+    moved = cv2.cornerSubPix(grey, corners[:, None].copy(), _window(corners, pattern), (-1, -1), _STOP)
+    return np.asarray(moved, np.float32).reshape(-1, 2)
+
+
 def _window(corners: npt.NDArray[Any], pattern: Size) -> Size:
     """Return the half window of the search around a corner, which no other corner may enter."""
     grid = corners.reshape(pattern[1], pattern[0], 2)
@@ -225,10 +237,13 @@ _ADVICE = (
 
 def _found(
     paths: Sequence[Path], pattern: Size, watch: Watch
-) -> tuple[list[Board], list[Path], Size, dict[str, str]]:
-    """Return the boards of the commonest size, all photos of that size, the size, and reasons."""
+) -> tuple[list[tuple[Board, Board]], list[Path], Size, dict[str, str]]:
+    """Return the boards of the commonest size, all photos of that size, the size, and reasons.
+
+    A board comes twice: as it was found, and ``refined``.
+    """
     sizes: dict[Path, Size] = {}
-    corners: dict[Path, npt.NDArray[np.float32] | None] = {}
+    corners: dict[Path, tuple[npt.NDArray[np.float32], ...] | None] = {}
     left_out: dict[str, str] = {}
     for number, path in enumerate(paths, 1):
         try:
@@ -237,20 +252,21 @@ def _found(
             left_out[str(path)] = fault.what
         else:
             sizes[path] = (picture.shape[1], picture.shape[0])
-            corners[path] = find_corners(picture, pattern)
+            seen = find_corners(picture, pattern)
+            corners[path] = None if seen is None else (seen, refined(picture, seen, pattern))
         watch.done(number, len(paths))
     if not sizes:
         raise ImgtoolError("no photo could be read", "; ".join(left_out.values()))
     size = Counter(sizes.values()).most_common(1)[0][0]
     boards = []
     for path, own in sizes.items():
-        seen = corners[path]
+        both = corners[path]
         if own != size:
             left_out[str(path)] = f"{own[0]}x{own[1]} pixels, most are {size[0]}x{size[1]}"
-        elif seen is None:
+        elif both is None:
             left_out[str(path)] = "no whole board of {}x{} inner corners found".format(*pattern)
         else:
-            boards.append(Board(path, seen))
+            boards.append((Board(path, both[0]), Board(path, both[1])))
     return boards, [path for path, own in sizes.items() if own == size], size, left_out
 
 
@@ -304,7 +320,7 @@ def _facts(camera: Camera) -> dict[str, object]:
         "distortion_coefficients": camera.coefficients.tolist(),
         "normalisation": HALF_DIAGONAL,
         **asdict(model),
-        "deviations": camera.spread,
+        "deviations": {name: float(value) for name, value in camera.spread.items()},
         "focal_deviation": float(camera.deviations[0]),
         "corner_percent": 50 * model.corner,
     }
@@ -335,7 +351,8 @@ def calibrate(settings: Calibrate, watch: Watch) -> Mapping[str, object]:
             f"at least {FEWEST} are needed",
             "count the inner corners, not the squares: --pattern COLUMNSxROWS",
         )
-    camera, outliers = solve(boards, pattern, settings.square, size)
+    ways = [solve(way, pattern, settings.square, size) for way in zip(*boards, strict=True)]
+    camera, outliers = min(ways, key=lambda way: way[0].rms)
     left_out |= outliers
     for name, reason in left_out.items():
         watch.say(f"left out {name}: {reason}")
