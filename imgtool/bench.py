@@ -181,9 +181,10 @@ def peak_mb() -> float:
 def child(order: Mapping[str, Any]) -> dict[str, float]:
     """Measure one subject in this process, as ``Lab`` ordered."""
     import numpy as np
-    import torch
 
-    torch.set_num_threads(order["threads"])
+    from imgtool import compute
+
+    compute.use_threads(order["threads"])
     engine = engines.load(order["engine"])
     image = np.random.default_rng(0).integers(0, 256, (order["height"], order["width"], 3), np.uint8)
     base = peak_mb()

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from types import ModuleType
 
+import cv2
 import torch
 from torch import nn
 
@@ -30,13 +31,14 @@ def device(name: str) -> torch.device:
 
 
 def use_threads(threads: int) -> int:
-    """Set the number of CPU threads, 0 for all cores that this process may use; return it."""
+    """Set the CPU threads of torch and OpenCV, 0 for all cores that this process may use; return them."""
     count = (
         threads or len(os.sched_getaffinity(0))
         if hasattr(os, "sched_getaffinity")
         else threads or os.cpu_count() or 1
     )
     torch.set_num_threads(count)
+    cv2.setNumThreads(count)
     return count
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import cv2
 import pytest
 import torch
 from torch import nn
@@ -49,7 +50,7 @@ def test_auto_prefers_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_threads() -> None:
-    assert compute.use_threads(1) == 1 == torch.get_num_threads()
+    assert compute.use_threads(1) == 1 == torch.get_num_threads() == cv2.getNumThreads()
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     assert compute.use_threads(0) == allowed == torch.get_num_threads()
 

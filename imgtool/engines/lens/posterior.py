@@ -28,8 +28,10 @@ STRAIGHT = 0.2
 DECENTRED = 0.002
 """Prior standard deviation of p1 and p2."""
 FIRST, ROUND = 640, 320
-TEMPERS = (0.1, 0.3, 1.0, 1.0, 1.0)
-"""Powers of the likelihood in the rounds: a narrow peak is approached step by step."""
+ROUNDS, AT_FULL = 12, 2
+"""Most rounds of sampling, and how many of them at least see the whole likelihood."""
+EFFECTIVE = 40.0
+"""Effective samples that a round rests on: the likelihood is raised to the power that leaves as many."""
 HARM = 0.05
 """Percent of the diagonal by which a photo may become worse before it counts as harmed."""
 
@@ -143,19 +145,40 @@ def sample(likelihood: Likelihood, kind: prior.Kind = "mixed", seed: int = 0) ->
     found, target = [points], [likelihood(points)]
     before = [_log_prior(points, kind)]
     proposals: list[_Mixture] = []
-    for temper in TEMPERS:
+    full = 0
+    for _ in range(ROUNDS):
         every, like, log_prior = (np.concatenate(parts) for parts in (found, target, before))
-        log_weights = temper * like + log_prior - _density(every, log_prior, proposals)
-        proposals.append(_adapted(every, log_weights, rng))
+        base = log_prior - _density(every, log_prior, proposals)
+        temper = _temper(like, base)
+        full += temper == 1
+        proposals.append(_adapted(every, temper * like + base, rng))
         points = proposals[-1].draw(ROUND, rng)
         found.append(points)
         target.append(likelihood(points))
         before.append(_log_prior(points, kind))
+        if full == AT_FULL:
+            break
     every, like, log_prior = (np.concatenate(parts) for parts in (found, target, before))
     log_weights = like + log_prior - _density(every, log_prior, proposals) - math.log(len(every))
     log_weights = np.append(log_weights + math.log(1 - STRAIGHT), zero + math.log(STRAIGHT))
     share = np.exp(log_weights - log_weights.max())
     return np.concatenate([every, np.zeros((1, 4))]), share / share.sum(), zero
+
+
+def _temper(like: Floats, base: Floats) -> float:
+    """Return the largest power of the likelihood, at most 1, that leaves ``EFFECTIVE`` samples."""
+
+    def effective(temper: float) -> float:
+        share = np.exp(temper * like + base - (temper * like + base).max())
+        return float(share.sum() ** 2 / (share**2).sum())
+
+    if effective(1.0) >= EFFECTIVE:
+        return 1.0
+    low, high = 0.0, 1.0
+    for _ in range(20):
+        middle = (low + high) / 2
+        low, high = (middle, high) if effective(middle) >= EFFECTIVE else (low, middle)
+    return low
 
 
 def _density(points: Floats, log_prior: Floats, proposals: list[_Mixture]) -> Floats:
