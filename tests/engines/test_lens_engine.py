@@ -190,19 +190,22 @@ def test_photos_of_a_folder_are_solved_together(
 # --- bench --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_bench_measures_photos_and_cameras(
     weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for seed in range(3):
+    monkeypatch.setattr(bench, "TOGETHER", 2)
+    monkeypatch.setattr(bench, "MIRRORED", 1)
+    for seed in range(2):
         write(Path(f"straight/{seed}.png"), facade(seed=seed))
         write(Path(f"camera/{seed}.png"), seen_through(facade(seed=seed + 5), BARREL))
     rows = [
         {"file": f"{n}.png", "k1": BARREL.k1, "k2": BARREL.k2, "p1": BARREL.p1, "p2": BARREL.p2}
-        for n in range(3)
+        for n in range(2)
     ]
     Path("camera/labels.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    words = "bench lens --photos straight --data camera --count 10 --no-large --report page --json --weights"
+    words = "bench lens --photos straight --data camera --count 3 --no-large --report page --json --weights"
     run([*words.split(), weights])
     record = json.loads(capsys.readouterr().out)
     figures = record["figures"]
@@ -210,7 +213,7 @@ def test_bench_measures_photos_and_cameras(
     assert camera["nothing"]["mean"] == pytest.approx(error(BrownConrady(), BARREL, 720, 480))
     assert camera["ours without gate"]["mean"] < 0.3 * camera["nothing"]["mean"]
     assert camera["together"] < 0.1
-    assert figures["distorted"]["photos"] == 10
+    assert figures["distorted"]["photos"] == 3
     assert figures["together"]["ours"]["mean"] <= figures["together"]["nothing"]["mean"]
     assert figures["straight"]["nothing"]["mean"] == figures["straightened"]["nothing"]["mean"] == 0
     assert figures["all_cameras"]["nothing"]["mean"] == camera["nothing"]["mean"]

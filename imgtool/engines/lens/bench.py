@@ -266,7 +266,7 @@ def _lens(number: int, settings: Bench) -> BrownConrady:
 def _groups(settings: Bench, paths: Sequence[Path], net: nn.Module) -> Errors:
     """Return the errors of solving photos of one lens together, for a tenth as many lenses as photos."""
     errors = Errors()
-    for group in range(settings.count // 10):
+    for group in range(max(settings.count // 10, 1)):
         model = _lens(settings.count + group, settings)
         photos = [through(_drawn(paths, TOGETHER * group + number), model) for number in range(TOGETHER)]
         seen = [estimate.look(net, photo, _infer()) for photo in photos]
