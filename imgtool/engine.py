@@ -90,10 +90,12 @@ class Watch:
     Attributes:
         done: Told how many tiles of how many are finished.
         say: Told in words what a user should know, such as that tiles were made smaller.
+        name: The photo's path below the folder that it was found in.
     """
 
     done: Callable[[int, int], None] = lambda finished, total: None
     say: Callable[[str], None] = lambda text: None
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -202,6 +204,7 @@ class Engine:
         table: Name of a table in the output folder, such as "coefficients.csv", with a row for each
             photo (``Result.row``); "" keeps none.
         beside: ``(settings) -> suffixes`` of the files that ``Result.files`` will hold.
+        check: Raises what is wrong with settings of ``infer`` whatever the photo.
         survey: ``(net, photos, settings, watch) -> entries``, called once before the first photo where
             ``wants_survey(settings)``. Photos are ``(name, read)``; ``read()`` gives the photo or raises
             ``ImgtoolError``, which must not stop the survey. One entry per photo: ``apply`` gets it as
@@ -230,5 +233,6 @@ class Engine:
     otherwise: str = ""
     table: str = ""
     beside: Callable[[Any], Sequence[str]] = lambda settings: ()
+    check: Callable[[Any], None] = lambda settings: None
     survey: Callable[[nn.Module, Surveyed, Any, Watch], Sequence[object]] | None = None
     wants_survey: Callable[[Any], bool] = lambda settings: False

@@ -60,6 +60,7 @@ def plan(engine: Engine, settings: Infer) -> Mapping[str, object]:
     weights = _weights(engine, settings)
     net = checkpoint.network(engine, weights)
     pairs = _listed(engine, settings)
+    engine.check(settings)
     return {
         "device": str(compute.device(settings.device)),
         "weights": weights.name,
@@ -79,6 +80,7 @@ def run(engine: Engine, settings: Infer, console: Console) -> int:
             page or archive that exists.
     """
     pairs = _listed(engine, settings)
+    engine.check(settings)
     _check_stream(pairs, console)
     page = settings.report / PAGE if settings.report else None
     for path in (page, settings.zip):
@@ -86,6 +88,7 @@ def run(engine: Engine, settings: Infer, console: Console) -> int:
             files.check_new(path, settings.force or settings.skip_existing)
     compute.use_threads(settings.threads)
     batch = Batch(engine, settings, console, _weights(engine, settings), pairs)
+    batch.check_places()
     batch.open_table()
     batch.load()
     try:
@@ -127,6 +130,32 @@ class Batch:
     entries: list[report.Entry] = field(default_factory=list)
     made: list[Path] = field(default_factory=list)
     _stream: bytes = b""
+
+    def check_places(self) -> None:
+        """Refuse, before anything is computed, files that would fall on each other.
+
+        Raises:
+            ImgtoolError: Code 2: two files of one name, an archive in the place of a photo, or files
+                beside standard output.
+        """
+        sources = {item.source.resolve() for item, _ in self.pairs if item.source}
+        taken: dict[Path, str] = {}
+        for item, target in self.pairs:
+            if target is None and self.engine.beside(self.settings):
+                raise ImgtoolError(
+                    "files beside the output need an output that is a file", "give -o FILE", USAGE
+                )
+            for path in self._written(target):
+                real = path.resolve()
+                if real in taken:
+                    what = f"{taken[real]} and {item.name} would both write {path}"
+                    raise ImgtoolError(what, "run them apart into different folders", USAGE)
+                taken[real] = item.name
+        archive = self.settings.zip.resolve() if self.settings.zip else None
+        if archive in sources or archive in taken:
+            raise ImgtoolError(
+                f"--zip {self.settings.zip} is a photo of the batch", "name another file", USAGE
+            )
 
     def open_table(self) -> None:
         """Name the outputs within their folder, and begin or go on with the engine's table.
@@ -181,11 +210,9 @@ class Batch:
         return engine.survey(self.net, readers, self.settings, watch)
 
     def _is_done(self, pair: Pair) -> bool:
-        """Tell whether an input is left out: its output exists, and so does its row in the table."""
+        """Tell whether an input is left out: its output exists."""
         _, target = pair
-        if target is None or not self.settings.skip_existing or not target.exists():
-            return False
-        return self.table is None or self.names[target] in self.table.rows
+        return target is not None and self.settings.skip_existing and target.exists()
 
     def _each(self, item: files.Item, target: Path | None, bar: Bar, known: list[object]) -> None:
         """Process one input and say how it went."""
@@ -203,7 +230,9 @@ class Batch:
         """Say that an output is there already; the page shows it as if it were made now."""
         record = {"input": item.name, "output": str(target), "skipped": True}
         self.console.result(record)
-        self.console.say(f"{item.name}: {target} exists, left out")
+        rowless = self.table is not None and self.names[target] not in self.table.rows
+        note = f", without a row in {self.engine.table}" if rowless else ""
+        self.console.say(f"{item.name}: {target} exists, left out{note}")
         self.made.append(target)
         if self.settings.report and item.source:
             before, after = images.read(item.source), images.read(target)
@@ -224,18 +253,20 @@ class Batch:
         return images.read(item.source or self._stream, item.name)
 
     def _one(self, item: files.Item, target: Path | None, bar: Bar, known: list[object]) -> None:
-        # An output without its row was interrupted between the two: it is made again.
-        again = (
-            self.table is not None and self.settings.skip_existing and target is not None and target.exists()
-        )
+        # A row without its output was interrupted between the two: what lies beside is ours.
+        again = self.table is not None and target is not None and self.names[target] in self.table.rows
         for path in self._written(target):
-            files.check_new(path, self.settings.force or again)
+            files.check_new(path, self.settings.force or (again and path != target))
         began = time.monotonic()
         photo = self._photo(item)
         watch = Watch(
-            lambda done, total: bar.update(f"tile {done}/{total}") if total > 1 else None, self.console.say
+            lambda done, total: bar.update(f"tile {done}/{total}") if total > 1 else None,
+            self.console.say,
+            str(item.relative),
         )
         result = self.engine.apply(self.net, photo, self.settings, watch, *known)
+        if self.table and target:
+            self.table.add(self.names[target], result.row)
         untouched = self._put(photo, result, target, item)
         height, width = result.image.shape[:2]
         record: dict[str, Any] = {
@@ -251,8 +282,6 @@ class Batch:
         if untouched:
             record["untouched"] = True
         self._picture(item, target, photo, result)
-        if self.table and target:
-            self.table.add(self.names[target], result.row)
         note = "  left as it is" if untouched else ""
         size = f"{width}x{height}  {record['seconds']:.1f} s"
         self.console.result(record, f"{item.name} -> {target or '-'}  {size}{note}")

@@ -788,18 +788,55 @@ def test_an_interrupted_table_has_the_rows_of_what_was_done_and_is_gone_on_with(
     assert not Path("all.zip").exists()
     done = infer("in", "-o", "out")
     assert (done.code, "out/means.csv exists" in done.err, len(calls)) == (1, True, 2)
-    lines = Path("out/means.csv").read_text().splitlines()
-    Path("out/means.csv").write_text("\n".join([lines[0], "b.png,7.0"]))  # as if a's row were never written
+    Path("out/b.png").unlink()  # as if the run had been killed between b's row and b
+    kept = Path("out/a.png").read_bytes()
     with_engine(monkeypatch, **KEEPING | {"apply": until(9)})
     done = infer("in", "-o", "out", "--skip-existing", "--json")
     assert done.code == 0
     assert [(line["output"], "skipped" in line) for line in done.lines] == [
-        ("out/a.png", False),
-        ("out/b.png", True),
+        ("out/a.png", True),
+        ("out/b.png", False),
         ("out/c.png", False),
     ]
+    assert Path("out/a.png").read_bytes() == kept
     assert [row[0] for row in table()] == ["file", "a.png", "b.png", "c.png"]
-    assert table()[2] == ["b.png", "7.0"]
+
+
+def test_a_file_that_is_there_is_never_overwritten_by_a_resume(
+    infer: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither one that somebody put there, nor one whose table was lost."""
+    with_engine(monkeypatch, **KEEPING)
+    for name in ("in/a.png", "in/b.png"):
+        put(name)
+    put("out/a.png", scene(seed=9))
+    kept = Path("out/a.png").read_bytes()
+    done = infer("in", "-o", "out", "--skip-existing")
+    assert done.code == 0
+    assert "without a row in means.csv" in done.err
+    assert Path("out/a.png").read_bytes() == kept
+    assert [row[0] for row in table()] == ["file", "b.png"]
+
+
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        ("in -o out --zip in/a.png --force", "is a photo of the batch"),
+        ("in -o out --zip out/a.png", "is a photo of the batch"),
+        ("in both/a.jpg -o out --side-by-side", "would both write"),
+    ],
+)
+def test_files_that_would_fall_on_each_other_are_refused(
+    infer: Run, monkeypatch: pytest.MonkeyPatch, words: str, what: str
+) -> None:
+    with_engine(monkeypatch, **KEEPING | {"apply": lambda *_: pytest.fail("computed")})
+    put("in/a.png")
+    put("both/a.jpg")
+    before = Path("in/a.png").read_bytes()
+    done = infer(*words.split())
+    assert (done.code, what in done.err) == (2, True)
+    assert Path("in/a.png").read_bytes() == before
+    assert not Path("out").exists()
 
 
 def test_a_foreign_table_is_refused(infer: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from PIL import Image
 from test_lens_estimate import BARREL, facade, seen_through
 
 from imgtool import checkpoint, images
@@ -23,7 +24,7 @@ from imgtool.engines.lens.engine import ENGINE
 from imgtool.engines.lens.geometry import BrownConrady, diagonal, error
 from imgtool.engines.lens.settings import Infer, Train
 from imgtool.errors import USAGE, ImgtoolError
-from imgtool.images import Photo
+from imgtool.images import Photo, metadata
 
 Array = npt.NDArray[Any]
 GIVEN = "-0.08,0.03,0.001,-0.002"
@@ -185,6 +186,57 @@ def test_photos_of_a_folder_are_solved_together(
     facts = [json.loads(line)["facts"] for line in capsys.readouterr().out.splitlines()]
     assert [fact["together"] for fact in facts] == [2, 2]
     assert facts[0]["k1"] == facts[1]["k1"]
+
+
+def test_a_table_gives_each_photo_its_own_coefficients(
+    weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = {"in/a.png": "-0.05,0.01,0,0", "in/sub/a.png": "0.04,0,0,0"}
+    Path("table.csv").write_text(
+        "file,k1,k2,p1,p2\n" + "".join(f"{name.removeprefix('in/')},{row}\n" for name, row in rows.items())
+    )
+    for name in rows:
+        write(Path(name), facade(120, 80))
+    assert run(f"infer lens in -o out --coeffs table.csv --weights {weights} --json".split()) == 0
+    facts = {line["input"]: line["facts"] for line in map(json.loads, capsys.readouterr().out.splitlines())}
+    assert (facts["in/a.png"]["k1"], facts["in/sub/a.png"]["k1"]) == (-0.05, 0.04)
+
+
+@pytest.mark.parametrize(
+    "words", ["--export ptlens", "--coeffs -0.5,0,0,0", "--coeffs gone.yml", "--coeffs=1,2,3"]
+)
+def test_what_is_wrong_for_all_photos_is_said_once(
+    weights: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("in/a.png", "in/b.png"):
+        write(Path(name), facade(60, 40))
+    for more in ("", " -n"):
+        assert run(f"infer lens in -o out --weights {weights} {words}{more}".split()) == USAGE
+        assert capsys.readouterr().err.count("error: ") == 1
+
+
+def test_a_lensfun_file_names_no_real_camera(net: plumb.LinesNet) -> None:
+    image = Image.new("RGB", (4, 4))
+    exif = image.getexif()
+    exif[271], exif[272] = "Canon", "Canon EOS 7D"
+    photo = Photo(facade(120, 80), exif=exif.tobytes().removeprefix(b"Exif\0\0"))
+    files = ENGINE.apply(net, photo, infer(coeffs="-0.05,0.01,0,0", export="lensfun,json"), Watch()).files
+    assert b"EOS 7D" not in files[".xml"]
+    assert b"EOS 7D" in files[".json"]
+
+
+def test_given_coefficients_do_not_correct_a_second_time(net: plumb.LinesNet) -> None:
+    xmp = metadata.with_xmp_properties(None, *metadata.AUX, {"DistortionCorrectionAlreadyApplied": "True"})
+    photo = Photo(facade(120, 80), xmp=xmp)
+    result = ENGINE.apply(net, photo, infer(coeffs=GIVEN), Watch())
+    assert result.image is photo.pixels
+    assert ENGINE.apply(net, photo, infer(coeffs=GIVEN, force=True), Watch()).image is not photo.pixels
 
 
 # --- bench --------------------------------------------------------------------------------------

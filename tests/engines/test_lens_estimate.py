@@ -291,7 +291,7 @@ def test_the_originals_coefficients_are_fitted() -> None:
     photo = Photo(facade(120, 80))
     found = estimate.of(plumb.LinesNet(), photo, infer(coeffs="0.1,0,0,0", normalisation="original"), watch)
     assert found.model.k1 > 0
-    assert any("off" in line for line in told)
+    assert any("wrong by" in line for line in told)
 
 
 def test_a_group_is_solved_together_and_others_alone(tmp_path: Path) -> None:
@@ -315,6 +315,18 @@ def test_a_group_is_solved_together_and_others_alone(tmp_path: Path) -> None:
     assert found[3] is None
     assert estimate.wants_survey(settings)
     assert not estimate.wants_survey(infer())
+
+
+def test_a_photo_with_a_profile_does_not_join_a_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(estimate.profiles, "available", lambda: True)
+    monkeypatch.setattr(estimate, "of_profile", lambda *_: estimate.Found(BARREL, "profile"))
+    photos = [(str(tmp_path / f"{n}.png"), lambda: Photo(facade(120, 80))) for n in (1, 2)]
+    assert estimate.survey(plumb.LinesNet(), photos, infer(group="folder"), Watch()) == [None, None]
+    assert not estimate.wants_survey(infer(group="folder", estimator="profile"))
+    alone = estimate.of(plumb.LinesNet(), Photo(facade(120, 80)), infer(group="folder"), Watch())
+    assert alone.method == "profile"
 
 
 def test_the_gate_weighs_risk() -> None:

@@ -37,6 +37,12 @@ def forms(settings: Infer) -> list[str]:
     return wanted
 
 
+def check(settings: Infer) -> None:
+    """Raise what is wrong with the settings whatever the photo: forms, numbers, a file that is not there."""
+    forms(settings)
+    estimate.numbers(settings)
+
+
 def apply(
     net: nn.Module, photo: Photo, settings: Infer, watch: Watch, known: estimate.Found | None = None
 ) -> Result:
@@ -46,7 +52,9 @@ def apply(
         ImgtoolError: Coefficients or a profile that cannot be used, or a crop that cannot be.
     """
     wanted = forms(settings)
-    found = estimate.shared(lambda: estimate.of(net, photo, settings, watch), known, photo, settings)
+    found = estimate.shared(
+        lambda: estimate.of(net, photo, settings, watch, watch.name), known, photo, settings
+    )
     lens = found.model.scaled(settings.strength)
     height, width = photo.pixels.shape[:2]
     if lens.straight or min(height, width) < 2:
@@ -60,7 +68,7 @@ def apply(
         marks = {estimate.CORRECTED: "True"}
     watch.done(1, 1)
     facts = _facts(found, lens, larger, width, height)
-    files = dict(formats.write(lens, width, height, form, facts | _camera(photo)) for form in wanted)
+    files = dict(formats.write(lens, width, height, form, facts | _camera(photo, form)) for form in wanted)
     for form in wanted:
         if lost := formats.loss(lens, width, height, form):
             watch.say(lost)
@@ -68,10 +76,15 @@ def apply(
     return Result(image, facts, alpha=alpha, files=files, row=row, xmp=marks)
 
 
-def _camera(photo: Photo) -> dict[str, object]:
-    """Return what coefficient files say of the camera."""
+def _camera(photo: Photo, form: str) -> dict[str, object]:
+    """Return what coefficient files say of the camera.
+
+    A lensfun file that named a real camera would take the place of its entry in lensfun's database.
+    """
     taken = profiles.facts_of(photo.exif)
-    names = {"maker": taken.make, "camera": taken.model, "lens": taken.lens, "focal_mm": taken.focal_mm}
+    names: dict[str, object] = {"lens": taken.lens, "focal_mm": taken.focal_mm}
+    if form != "lensfun":
+        names |= {"maker": taken.make, "camera": taken.model}
     return {name: value for name, value in names.items() if value}
 
 
@@ -96,7 +109,8 @@ def _straight(
     way = settings.interpolation
     image = warp.straighten(photo.pixels, lens, larger, interpolation=way, border=border, done=watch.done)
     if photo.alpha is not None:
-        return image, warp.straighten(photo.alpha, lens, larger, interpolation="linear", border="black")
+        edge = "black" if settings.border == "transparent" else settings.border
+        return image, warp.straighten(photo.alpha, lens, larger, interpolation="linear", border=edge)
     if settings.border != "transparent":
         return image, None
     height, width = photo.pixels.shape[:2]
@@ -159,6 +173,7 @@ ENGINE: Engine = Engine(
     survey=estimate.survey,
     wants_survey=estimate.wants_survey,
     table="coefficients.csv",
+    check=check,
     beside=lambda settings: [SUFFIXES[form] for form in forms(settings)],
     otherwise="photo",
 )

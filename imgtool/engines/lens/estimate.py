@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from imgtool.engines.lens import formats, lines, plumb, posterior, profiles
-from imgtool.engines.lens.geometry import BrownConrady
+from imgtool.engines.lens.geometry import HALF_DIAGONAL, BrownConrady
 from imgtool.errors import USAGE, ImgtoolError
 from imgtool.images import metadata
 
@@ -29,6 +29,8 @@ CORRECTED = "DistortionCorrectionAlreadyApplied"
 AUX = "http://ns.adobe.com/exif/1.0/aux/"
 SMALLEST = 0.02
 """Percent of the diagonal that an estimate must move the mean pixel by: less is not worth resampling."""
+DISTINCT = 0.08
+"""Expected error of doing nothing, in % of the diagonal, below which a photo is said to be straight."""
 LEAST = 0.2
 """Share of the expected error that an estimate must take away."""
 SURE, BOLDER = 0.5, 6.0
@@ -146,8 +148,10 @@ def decide(estimate: posterior.Estimate, method: str, risk: float, count: int = 
     """
     if estimate.risk > risk * (BOLDER if estimate.confidence >= SURE else 1):
         return Found(BrownConrady(), "none", estimate, "the photo does not show enough to be sure", count)
-    if estimate.size < SMALLEST:
+    if estimate.size < SMALLEST and estimate.untouched < DISTINCT:
         return Found(BrownConrady(), "none", estimate, "no distortion found", count)
+    if estimate.size < SMALLEST:
+        return Found(BrownConrady(), "none", estimate, "the photo does not show enough to be sure", count)
     if estimate.confidence < LEAST * (risk < 1):
         return Found(BrownConrady(), "none", estimate, "the photo does not show enough to be sure", count)
     return Found(estimate.model, method, estimate, "", count)
@@ -159,37 +163,53 @@ def corrected(photo: Photo) -> bool:
     return value is not None and value.strip().lower() in ("true", "1")
 
 
-def given(photo: Photo, settings: Infer, watch: Watch, name: str = "") -> BrownConrady:
-    """Return the coefficients that the user gave: four numbers, or a file.
+def numbers(settings: Infer) -> BrownConrady | None:
+    """Return the model of four numbers after --coeffs, None where it names a file, or nothing is given.
 
     Raises:
-        ImgtoolError: Code 2 for what cannot be read as either, or folds the picture.
+        ImgtoolError: Code 2 for numbers that are no coefficients or fold the picture, and for no file.
     """
     text = settings.coeffs
-    height, width = photo.pixels.shape[:2]
-    numbers = text.split(",")
-    if len(numbers) == 4 and not Path(text).is_file():
-        try:
-            k1, k2, p1, p2 = map(float, numbers)
-        except ValueError:
-            raise ImgtoolError(f"--coeffs {text}: not four numbers", "give k1,k2,p1,p2", USAGE) from None
-        model = BrownConrady(k1, k2, p1, p2)
-        if not np.isfinite([k1, k2, p1, p2]).all():
-            raise ImgtoolError(f"--coeffs {text}: not finite", "give k1,k2,p1,p2", USAGE)
-        if settings.normalisation == "original":
-            model, rest = formats.from_original(k1, k2, p1, p2, width, height)
-            watch.say(
-                f"the original's coefficients are not those of a round lens: {rest:.3f} % of the diagonal off"
-            )
-    else:
-        focal = profiles.facts_of(photo.exif).focal_mm or None
-        model = formats.read(Path(text), width, height, name, focal_mm=focal, say=watch.say)
+    if not text or Path(text).is_file():
+        return None
+    words = text.split(",")
+    try:
+        values = [float(word) for word in words]
+    except ValueError:
+        raise ImgtoolError(f"--coeffs {text}: no such file, nor numbers", "give k1,k2,p1,p2", USAGE) from None
+    if len(values) != 4 or not np.isfinite(values).all():
+        raise ImgtoolError(f"--coeffs {text}: four finite numbers are needed", "give k1,k2,p1,p2", USAGE)
+    model = BrownConrady(*values)
+    if settings.normalisation == HALF_DIAGONAL:
+        _refuse_folds(model, text)
+    return model
+
+
+def _refuse_folds(model: BrownConrady, text: str) -> None:
     if model.folds():
         raise ImgtoolError(
             f"--coeffs {text}: they fold the picture, two places of it onto one",
             "check their order, sign and normalisation (half of the diagonal is 1)",
             USAGE,
         )
+
+
+def given(photo: Photo, settings: Infer, watch: Watch, name: str = "") -> BrownConrady:
+    """Return the coefficients that the user gave: four numbers, or a file.
+
+    Raises:
+        ImgtoolError: Code 2 for what cannot be read as either, or folds the picture.
+    """
+    height, width = photo.pixels.shape[:2]
+    model = numbers(settings)
+    if model is None:
+        focal = profiles.facts_of(photo.exif).focal_mm or None
+        path = Path(settings.coeffs)
+        model = formats.read(path, width, height, name, focal_mm=focal, say=watch.say)
+    elif settings.normalisation == "original":
+        model, rest = formats.from_original(model.k1, model.k2, model.p1, model.p2, width, height)
+        watch.say(f"fitted to a round lens: wrong by {rest:.2f} % of the diagonal at most")
+    _refuse_folds(model, settings.coeffs)
     return model
 
 
@@ -215,15 +235,15 @@ def of(net: nn.Module, photo: Photo, settings: Infer, watch: Watch, name: str = 
     Raises:
         ImgtoolError: A profile that was asked for is not there, or coefficients that are of no use.
     """
-    if settings.coeffs:
-        model = given(photo, settings, watch, name)
-        return Found(model, "given", reason="" if not model.straight else "the coefficients are 0")
-    if settings.estimator == "none":
+    if settings.estimator == "none" and not settings.coeffs:
         return Found(BrownConrady(), "none", reason="--estimator none")
     if corrected(photo) and not settings.force:
         return Found(
             BrownConrady(), "none", reason="it says that it is corrected already; --force does it again"
         )
+    if settings.coeffs:
+        model = given(photo, settings, watch, name)
+        return Found(model, "given", reason="" if not model.straight else "the coefficients are 0")
     if settings.estimator == "profile" or (settings.estimator == "auto" and profiles.available()):
         found = of_profile(net, photo, settings)
         if found is not None:
@@ -239,7 +259,7 @@ def of(net: nn.Module, photo: Photo, settings: Infer, watch: Watch, name: str = 
 
 def wants_survey(settings: Infer) -> bool:
     """Tell whether photos are to be solved together."""
-    return settings.group != "none" and not settings.coeffs and settings.estimator != "none"
+    return settings.group != "none" and not settings.coeffs and settings.estimator not in ("none", "profile")
 
 
 def _key(name: str, photo: Photo, settings: Infer) -> tuple[object, ...] | None:
@@ -249,13 +269,18 @@ def _key(name: str, photo: Photo, settings: Infer) -> tuple[object, ...] | None:
     return profiles.group_key(photo.exif, width, height)
 
 
+def _joins(net: nn.Module, photo: Photo, settings: Infer) -> bool:
+    """Tell whether a photo is solved with others: it is not corrected already, and has no profile."""
+    if corrected(photo) and not settings.force:
+        return False
+    known = settings.estimator == "auto" and profiles.available() and of_profile(net, photo, settings)
+    return not known
+
+
 def survey(
     net: nn.Module, photos: Sequence[tuple[str, Callable[[], Photo]]], settings: Infer, watch: Watch
 ) -> list[Found | None]:
-    """Solve photos of one lens together; None for a photo that stays alone or cannot be read.
-
-    A profile or a mark of an earlier correction is looked for when the photo's turn comes.
-    """
+    """Solve photos of one lens together; None for a photo that stays alone or cannot be read."""
     groups: dict[tuple[object, ...], list[int]] = {}
     seen: dict[int, Evidence] = {}
     for number, (name, read) in enumerate(photos):
@@ -264,7 +289,7 @@ def survey(
         except ImgtoolError:
             continue  # it is told when its turn comes
         key = _key(name, photo, settings)
-        if key is not None and not corrected(photo):
+        if key is not None and _joins(net, photo, settings):
             groups.setdefault(key, []).append(number)
             seen[number] = look(net, photo.pixels, settings)
         watch.done(number + 1, len(photos))

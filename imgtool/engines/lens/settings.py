@@ -98,7 +98,7 @@ class Infer(common.Infer):
     risk: float = setting(
         RISK,
         "Largest probability of doing harm with which a photo is still changed, six times that where much is "
-        "won; 1 always corrects.",
+        "won; 1 corrects whatever is found.",
         panel="Network", ge=0, le=1,
     )  # fmt: skip
     group: Literal["none", "exif", "folder"] = setting(
@@ -109,7 +109,7 @@ class Infer(common.Infer):
     )
     coeffs: Place = setting(
         "",
-        "Coefficients instead of an estimate: k1,k2,p1,p2, or a file (OpenCV YAML, lensfun XML, LCP, CSV).",
+        "Coefficients instead of an estimate: k1,k2,p1,p2, or a file (OpenCV, lensfun, LCP, JSON, CSV).",
         panel="Network",
     )
     normalisation: Literal["half-diagonal", "original"] = setting(
