@@ -22,6 +22,8 @@ from imgtool.settings import Settings, did_you_mean, make
 
 SHIPPED = Path(__file__).with_name("weights")
 FORMAT = "imgtool-weights/1"
+LONGEST = 160
+"""Letters of what torch says that are passed on: it may list every parameter."""
 
 
 @dataclass(frozen=True)
@@ -160,6 +162,7 @@ def load_state(net: nn.Module, weights: Weights) -> None:
         net.load_state_dict(dict(weights.state))
     except RuntimeError as fault:
         first = str(fault).splitlines()[1].strip() if "\n" in str(fault) else str(fault)
+        first = first if len(first) <= LONGEST else first[:LONGEST] + " ..."
         raise ImgtoolError(
             f"weights {weights.name} do not fit the network: {first}",
             "train again, or use the imgtool version that wrote them",

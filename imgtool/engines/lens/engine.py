@@ -66,6 +66,7 @@ def apply(
         larger = _zoom(lens, width, height, settings)
         image, alpha = _straight(photo, lens, larger, settings, watch)
         marks = {estimate.CORRECTED: "True"}
+        watch.say(f"{found.method}: corners {50 * lens.corner:+.2f} % of the diagonal, zoom {larger:.3f}")
     watch.done(1, 1)
     facts = _facts(found, lens, larger, width, height)
     files = dict(formats.write(lens, width, height, form, facts | _camera(photo, form)) for form in wanted)

@@ -295,6 +295,8 @@ def survey(
         watch.done(number + 1, len(photos))
     found: list[Found | None] = [None] * len(photos)
     method = "lines" if settings.estimator == "lines" else "net"
+    sizes = [len(members) for members in groups.values() if len(members) > 1]
+    watch.say(f"{sum(sizes)} photos solved in {len(sizes)} groups, {len(photos) - sum(sizes)} alone")
     for members in groups.values():
         if len(members) > 1:
             estimate = together([seen[number] for number in members])
