@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
@@ -58,3 +60,10 @@ def ssim(output: Tensor, target: Tensor, peak: float = 1.0) -> Tensor:
     c1, c2 = (0.01 * peak) ** 2, (0.03 * peak) ** 2
     values = ((2 * mu_x * mu_y + c1) * (2 * cov + c2)) / ((mu_x**2 + mu_y**2 + c1) * (var_x + var_y + c2))
     return values.mean((1, 2, 3)).cpu()
+
+
+def interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
+    """Return the 95 % confidence interval of the mean by bootstrap over images (2,000 draws)."""
+    sample = np.asarray(values)
+    draws = np.random.default_rng(seed).choice(sample, (2000, len(sample))).mean(1)
+    return float(np.quantile(draws, 0.025)), float(np.quantile(draws, 0.975))

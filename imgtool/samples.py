@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -138,3 +138,12 @@ def split(
     if not kept:
         kept, out = list(items[:-1]), list(items[-1:])
     return kept, out
+
+
+def turns(count: int, photos: int, seed: int) -> Iterator[int]:
+    """Yield the photo of each pair that is written: all of them in one order, then in another."""
+    for number in range(count):
+        turn, position = divmod(number, photos)
+        if not position:
+            order = np.random.default_rng([seed, 3, turn]).permutation(photos)
+        yield int(order[position])

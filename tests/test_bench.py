@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from imgtool import bench, checkpoint, cli, images
+from imgtool import bench, checkpoint, cli, images, metrics
 from imgtool.console import Console
 from imgtool.engine import Budget, Subject, Timing
 from imgtool.engines.deblur import bench as deblur
@@ -202,9 +202,9 @@ def test_the_mask_sharpens_and_keeps_type_and_range() -> None:
 
 
 def test_the_interval_covers_the_mean() -> None:
-    low, high = deblur.interval([1.0, 2.0, 3.0, 4.0])
+    low, high = metrics.interval([1.0, 2.0, 3.0, 4.0])
     assert 1 < low < 2.5 < high < 4
-    assert deblur.interval([1.0, 2.0, 3.0, 4.0]) == (low, high)
+    assert metrics.interval([1.0, 2.0, 3.0, 4.0]) == (low, high)
 
 
 def test_macs_of_a_known_network() -> None:

@@ -278,8 +278,17 @@ def test_a_bench_without_labels_says_how_to_get_them(tmp_path: Path) -> None:
         bench.labels(tmp_path)
     assert caught.value.code == USAGE
     (tmp_path / "labels.jsonl").write_text('{"file": "a.png", "k1": 0}\n')
-    with pytest.raises(ImgtoolError, match="lacks"):
+    with pytest.raises(ImgtoolError, match="no finite k1"):
         bench.labels(tmp_path)
+
+
+def test_cameras_in_folders_of_one_name_stay_apart(tmp_path: Path) -> None:
+    for place in ("one/camera", "two/camera"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "labels.jsonl").write_text(
+            '{"file": "a.png", "k1": 0, "k2": 0, "p1": 0, "p2": 0}\n'
+        )
+    assert set(bench.labels(tmp_path)) == {"one/camera", "two/camera"}
 
 
 def test_photos_seen_through_a_lens_show_no_border() -> None:

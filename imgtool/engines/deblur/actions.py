@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from imgtool import files, images, metrics, sheets
+from imgtool import files, images, metrics, samples, sheets
 from imgtool.engine import Watch
 from imgtool.engines.deblur import data
 from imgtool.errors import USAGE, ImgtoolError
@@ -99,15 +99,6 @@ class Pairs:
         return {"folder": str(self.folder), "pairs": len(self.rows), "new": new, "faults": list(faults)}
 
 
-def _turns(count: int, photos: int, seed: int) -> Iterator[int]:
-    """Yield the photo of each pair: all of them in one order, then in another."""
-    for number in range(count):
-        turn, position = divmod(number, photos)
-        if not position:
-            order = np.random.default_rng([seed, 3, turn]).permutation(photos)
-        yield int(order[position])
-
-
 def synth(settings: Synth, watch: Watch) -> Mapping[str, object]:
     """Write ``count`` pairs with synthetic blur, a list of what was done to each, and a preview.
 
@@ -120,7 +111,7 @@ def synth(settings: Synth, watch: Watch) -> Mapping[str, object]:
     if not paths:
         raise ImgtoolError("no photographs found", "name folders with sharp photographs", USAGE)
     source = data.Photographs(paths, data.severity(settings), data.Decoded())
-    photos = list(_turns(settings.count, len(paths), settings.seed))
+    photos = list(samples.turns(settings.count, len(paths), settings.seed))
     same = {"seed": settings.seed, "crop": settings.crop, **asdict(source.severity)}
     wanted: dict[str, Row] = {
         f"{number:06d}.png": {"photo": paths[photo].name, "number": number, **same}

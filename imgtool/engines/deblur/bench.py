@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -128,13 +127,6 @@ def _ssim(first: Pixels, second: Pixels) -> float:
     return float(metrics.ssim(metrics.batch_of(first), metrics.batch_of(second)))
 
 
-def interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
-    """Return the 95 % confidence interval of the mean by bootstrap over images (2,000 draws)."""
-    sample = np.asarray(values)
-    draws = np.random.default_rng(seed).choice(sample, (2000, len(sample))).mean(1)
-    return float(np.quantile(draws, 0.025)), float(np.quantile(draws, 0.975))
-
-
 def _quality(
     folder: Path, net: nn.Module, engine: Engine, settings: Bench, lab: Any
 ) -> tuple[dict[str, object], list[Budget], Table]:
@@ -168,7 +160,7 @@ def _quality(
             )
     mean = {name: float(np.mean(each)) for name, each in values.items()}
     unsharp = max(mean[str(each)] for each in UNSHARP) - mean["blurred"]
-    low, high = interval(values["gain"])
+    low, high = metrics.interval(values["gain"])
     if settings.report:
         plots.histogram(
             {"gain": values["gain"]},

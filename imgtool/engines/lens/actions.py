@@ -9,13 +9,13 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from imgtool import files, images, plots, sheets
+from imgtool import files, images, plots, samples, sheets
 from imgtool.engine import Watch
 from imgtool.engines.lens import calibrate, data, prior
 from imgtool.errors import USAGE, ImgtoolError
@@ -35,15 +35,6 @@ REAL = 5000
 
 
 # --- synth -----------------------------------------------------------------------------------
-
-
-def _turns(count: int, photos: int, seed: int) -> Iterator[int]:
-    """Yield the photo of each pair: all of them in one order, then in another."""
-    for number in range(count):
-        turn, position = divmod(number, photos)
-        if not position:
-            order = np.random.default_rng([seed, 3, turn]).permutation(photos)
-        yield int(order[position])
 
 
 def _taken_up(folder: Path, wanted: Mapping[str, Row]) -> dict[str, Row]:
@@ -97,7 +88,7 @@ def synth(settings: Synth, watch: Watch) -> Mapping[str, object]:
     source = data.Photographs(paths, settings, Decoded(data.read_small), settings.size)
     names = ("seed", "size", "prior", "untouched", "decentred", "noisy")
     same = {name: getattr(settings, name) for name in names}
-    photos = list(_turns(settings.count, len(paths), settings.seed))
+    photos = list(samples.turns(settings.count, len(paths), settings.seed))
     wanted: dict[str, Row] = {
         f"{number:06d}{data.ORIGINAL}.jpg": {"source": paths[photo].name, "number": number, **same}
         for number, photo in enumerate(photos)

@@ -12,9 +12,9 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from imgtool import files, images, plots, samples, sheets
+from imgtool import images, metrics, plots, samples, sheets
 from imgtool.engine import Budget, Engine, Report, Subject, Table, Timing
-from imgtool.engines.lens import estimate, lines, plumb, posterior, prior, synthesis, warp
+from imgtool.engines.lens import data, estimate, lines, plumb, posterior, prior, synthesis, warp
 from imgtool.engines.lens.geometry import BrownConrady, diagonal, error, zoom
 from imgtool.engines.lens.settings import RISK, Infer
 from imgtool.errors import USAGE, ImgtoolError
@@ -64,7 +64,7 @@ class Errors:
         """Return mean, median, 90th percentile and harm of every method."""
         rows: list[tuple[object, ...]] = []
         for name, values in self.values.items():
-            low, high = interval(values)
+            low, high = metrics.interval(values)
             quantiles = (f"{np.quantile(values, part):.3f}" for part in (0.5, 0.9))
             rows.append(
                 (
@@ -84,18 +84,11 @@ class Errors:
         return {
             name: {
                 "mean": self.mean(name), "median": float(np.median(values)),
-                "p90": float(np.quantile(values, 0.9)), "mean_95": list(interval(values)),
+                "p90": float(np.quantile(values, 0.9)), "mean_95": list(metrics.interval(values)),
                 "harmed": self.harmed(name),
             }
             for name, values in self.values.items()
         }  # fmt: skip
-
-
-def interval(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
-    """Return the 95 % confidence interval of the mean by bootstrap (2,000 draws)."""
-    sample = np.asarray(values)
-    means = np.random.default_rng(seed).choice(sample, (2000, len(sample))).mean(1)
-    return float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))
 
 
 def run(settings: Bench, lab: Any, engine: Engine) -> Report:
@@ -317,23 +310,20 @@ class Label:
 
 
 def labels(folder: Path) -> dict[str, list[Label]]:
-    """Return the photos that every labels.jsonl in a folder names, by camera (the folder's name).
+    """Return the photos that every labels.jsonl in a folder names, by camera: the path of its folder.
 
     Raises:
         ImgtoolError: Code 2, where there are none; code 1 for labels that lack a coefficient.
     """
     found: dict[str, list[Label]] = {}
     for file in sorted(folder.rglob("labels.jsonl")) if folder.is_dir() else []:
-        for row in files.json_lines(file):
+        camera = str(file.parent.relative_to(folder)) if file.parent != folder else folder.name
+        for name, row in data.read_labels(file.parent).items():
             try:
-                numbers = [float(row[name]) for name in ("k1", "k2", "p1", "p2")]
-                numbers += [float(row.get(name, 0.0)) for name in ("k3", "cx", "cy")]
-                path = file.parent / str(row["file"])
-            except (KeyError, TypeError, ValueError):
-                raise ImgtoolError(
-                    f"{file}: a label lacks file, k1, k2, p1 or p2", "write it again"
-                ) from None
-            found.setdefault(file.parent.name, []).append(Label(path, BrownConrady(*numbers)))
+                label = Label(file.parent / name, data.model_of(row))
+            except ValueError as fault:
+                raise ImgtoolError(f"{file}: the label of {name} has {fault}", "write it again") from None
+            found.setdefault(camera, []).append(label)
     if not found:
         hint = "imgtool data calibrate lens writes them from photos of a chessboard"
         raise ImgtoolError(f"no labels.jsonl in {folder}", hint, USAGE)

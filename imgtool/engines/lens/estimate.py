@@ -26,7 +26,6 @@ Floats = npt.NDArray[np.float64]
 
 CORRECTED = "DistortionCorrectionAlreadyApplied"
 """Property of Adobe's aux namespace that says so."""
-AUX = "http://ns.adobe.com/exif/1.0/aux/"
 SMALLEST = 0.02
 """Percent of the diagonal that an estimate must move the mean pixel by: less is not worth resampling."""
 DISTINCT = 0.08
@@ -34,6 +33,7 @@ DISTINCT = 0.08
 LEAST = 0.2
 """Share of the expected error that an estimate must take away."""
 SURE, BOLDER = 0.5, 6.0
+"""Share of the expected error from which on more risk is taken, and how many times as much."""
 AGAINST = -3.0
 """Log-likelihood ratio below which the edges of a photo speak against its lens profile."""
 
@@ -92,6 +92,7 @@ def edge_likelihood(net: nn.Module | None, found: lines.Lines) -> posterior.Like
 
     @torch.inference_mode()
     def likelihood(candidates: Floats) -> Floats:
+        """Return the log-likelihoods ``(K,)`` of candidates ``(K, 4)``: k1, k2, p1, p2."""
         if not len(found.points):
             return np.zeros(len(candidates))
         where = given.points.device
@@ -146,20 +147,19 @@ def decide(estimate: posterior.Estimate, method: str, risk: float, count: int = 
             ``SURE`` of the expected error.
         count: Photos that were solved together.
     """
-    if estimate.risk > risk * (BOLDER if estimate.confidence >= SURE else 1):
-        return Found(BrownConrady(), "none", estimate, "the photo does not show enough to be sure", count)
-    if estimate.size < SMALLEST and estimate.untouched < DISTINCT:
-        return Found(BrownConrady(), "none", estimate, "no distortion found", count)
-    if estimate.size < SMALLEST:
-        return Found(BrownConrady(), "none", estimate, "the photo does not show enough to be sure", count)
-    if estimate.confidence < LEAST * (risk < 1):
-        return Found(BrownConrady(), "none", estimate, "the photo does not show enough to be sure", count)
-    return Found(estimate.model, method, estimate, "", count)
+    small = estimate.size < SMALLEST
+    risky = estimate.risk > risk * (BOLDER if estimate.confidence >= SURE else 1)
+    idle = estimate.confidence < LEAST and risk < 1
+    if not (small or risky or idle):
+        return Found(estimate.model, method, estimate, "", count)
+    straight = small and not risky and estimate.untouched < DISTINCT
+    reason = "no distortion found" if straight else "the photo does not show enough to be sure"
+    return Found(BrownConrady(), "none", estimate, reason, count)
 
 
 def corrected(photo: Photo) -> bool:
     """Tell whether a photo says of itself that its distortion was taken out already."""
-    value = metadata.xmp_property(photo.xmp, AUX, CORRECTED) if photo.xmp else None
+    value = metadata.xmp_property(photo.xmp, metadata.AUX[0], CORRECTED) if photo.xmp else None
     return value is not None and value.strip().lower() in ("true", "1")
 
 

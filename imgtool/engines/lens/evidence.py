@@ -1,8 +1,8 @@
 """Data set of the network "lines": the edges of straight photographs, bent as a lens would bend them.
 
-Edges are traced in a few variants of every photograph (cut, resized, noisy, compressed) and kept;
-a sample bends those of one variant by a lens drawn anew. That is a thousand times as fast as
-bending pixels and tracing again, and held-out samples, whose pixels are bent, check that it is the same.
+Edges are traced in a few variants of every photograph (resized, noisy, compressed) and kept;
+a sample bends those of one variant by a lens drawn anew. That saves
+tracing them again for every lens, and held-out samples, whose pixels are bent, check that it is the same.
 Beside the truth, a sample holds candidates to tell it from: a third drawn like the truth, the others
 near it, with the weights that make sums over them integrals over the prior.
 """
