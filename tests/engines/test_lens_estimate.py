@@ -334,6 +334,9 @@ def test_the_gate_weighs_risk() -> None:
     bold = posterior.Estimate(BARREL, (0, 0, 0, 0), 0.0, 0.4, 0.1, 0.4, 0.25, 5.0)
     assert estimate.decide(bold, "net", 0.05).model == BARREL
     assert estimate.decide(bold, "net", 0.04).model.straight
+    idle = posterior.Estimate(BARREL, (0, 0, 0, 0), 0.0, 0.4, 0.38, 0.4, 0.0, 1.0)
+    assert estimate.decide(idle, "net", 0.05).model.straight
+    assert estimate.decide(idle, "net", 1.0).model == BARREL
     risky = posterior.Estimate(BARREL, (0, 0, 0, 0), 0.0, 0.4, 0.3, 0.4, 0.3, 1.0)
     tiny = posterior.Estimate(BARREL, (0, 0, 0, 0), 0.9, 0.01, 0.001, 0.01, 0.0, 0.0)
     assert estimate.decide(calm, "net", 0.1).model == BARREL
