@@ -5,44 +5,38 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
 import imgtool
+from imgtool import header
 from imgtool.engine import Engine
 from imgtool.errors import USAGE, ImgtoolError
-from imgtool.files import read, unreadable, write
-from imgtool.settings import Settings, did_you_mean, make
+from imgtool.files import read, write
+from imgtool.header import FORMAT, SHIPPED, Weights, find, shipped
+from imgtool.settings import Settings, make
 
-SHIPPED = Path(__file__).with_name("weights")
-FORMAT = "imgtool-weights/1"
+__all__ = [
+    "SHIPPED",
+    "Weights",
+    "find",
+    "load_state",
+    "network",
+    "read_state",
+    "read_weights",
+    "save_state",
+    "save_weights",
+    "ship",
+    "shipped",
+]
+
 LONGEST = 160
 """Letters of what torch says that are passed on: it may list every parameter."""
-
-
-@dataclass(frozen=True)
-class Weights:
-    """A weights file, read.
-
-    Attributes:
-        name: Stem of the file, for messages and results.
-        engine: Engine that it belongs to.
-        model: Settings that shape the network.
-        header: Everything the file says of itself: scores, training, licence, version.
-        state: Parameters by name, float32.
-    """
-
-    name: str
-    engine: str
-    model: Mapping[str, Any]
-    header: Mapping[str, Any]
-    state: Mapping[str, Tensor]
 
 
 def save_weights(
@@ -66,14 +60,14 @@ def save_weights(
     """
     dtype = torch.float16 if half else torch.float32
     tensors = {name: value.detach().cpu().to(dtype).contiguous() for name, value in state.items()}
-    header = {
+    told = {
         "format": FORMAT,
         "engine": engine.name,
         "model": {name: getattr(settings, name) for name in engine.model.model_fields},
         "imgtool": imgtool.__version__,
         **about,
     }
-    write(path, serialise(tensors, metadata={"imgtool": json.dumps(header)}))
+    write(path, serialise(tensors, metadata={"imgtool": json.dumps(told)}))
 
 
 def ship(source: Path, target: Path, engine: Engine, about: Mapping[str, Any]) -> None:
@@ -92,56 +86,10 @@ def ship(source: Path, target: Path, engine: Engine, about: Mapping[str, Any]) -
     save_weights(target, engine, settings, weights.state, told | dict(about), half=True)
 
 
-def shipped() -> list[str]:
-    """Return the names of the weights that ship with the package."""
-    return sorted(path.stem for path in SHIPPED.glob("*.safetensors"))
-
-
-def find(name: str) -> Path:
-    """Return the path of a weights file: a file as it is named, or the name of shipped weights.
-
-    Raises:
-        ImgtoolError: Code 2, where there is neither.
-    """
-    path = Path(name).expanduser()
-    if path.is_file():
-        return path
-    if (SHIPPED / f"{name}.safetensors").is_file():
-        return SHIPPED / f"{name}.safetensors"
-    hint = did_you_mean(name, shipped()) if shipped() else "give the path of a .safetensors file"
-    raise ImgtoolError(f"no weights file or shipped weights named {name}", hint, USAGE)
-
-
 def read_weights(path: Path, engine: str) -> Weights:
-    """Read a weights file without running code from it.
-
-    Raises:
-        ImgtoolError: Code 1, when it is damaged or not ours; code 2, when it is another engine's.
-    """
-    try:
-        with safe_open(path, "pt") as opened:
-            header = json.loads((opened.metadata() or {}).get("imgtool", "{}"))
-            state = {name: opened.get_tensor(name).float() for name in opened.keys()}  # noqa: SIM118
-    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as fault:
-        raise ImgtoolError(
-            f"{path} is not a readable weights file: {fault}",
-            "give a .safetensors file made by imgtool train",
-        ) from None
-    except OSError as fault:
-        raise unreadable(path, fault) from None
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
-        raise ImgtoolError(
-            f"{path} was not written by imgtool", "give a .safetensors file made by imgtool train"
-        )
-    if not isinstance(header.get("engine"), str) or not isinstance(header.get("model"), dict):
-        raise ImgtoolError(f"{path} is damaged: its header is incomplete", "take another copy of it")
-    if header["engine"] != engine:
-        raise ImgtoolError(
-            f"{path} holds weights of the {header['engine']} engine, not of {engine}",
-            f"use it with: imgtool infer {header['engine']} --weights {path}",
-            USAGE,
-        )
-    return Weights(path.stem, header["engine"], header["model"], header, state)
+    """Read a weights file as tensors; see ``header.read`` for the errors."""
+    weights = header.read(path, engine)
+    return replace(weights, state={name: torch.from_numpy(array) for name, array in weights.state.items()})
 
 
 def network(engine: Engine, weights: Weights) -> nn.Module:

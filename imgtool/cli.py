@@ -155,8 +155,13 @@ def _group(parent: typer.Typer, name: str, text: str) -> typer.Typer:
     return group
 
 
-def application() -> typer.Typer:
-    """Build the whole tree of commands."""
+def application(words: Sequence[str] = ()) -> typer.Typer:
+    """Build the tree of commands.
+
+    Args:
+        words: What was typed. Where they begin with a whole command, the tree has that one alone: the
+            settings of all others need not be imported, which saves start-up time and memory.
+    """
     app = typer.Typer(
         no_args_is_help=True,
         context_settings=HELP,
@@ -165,7 +170,7 @@ def application() -> typer.Typer:
     )
     app.callback()(_root)
     groups = {verb: _group(app, verb, text) for verb, text in VERBS.items()}
-    for command in commands():
+    for command in commands(words):
         group = groups[command.verb]
         if command.action:
             path = f"{command.verb} {command.action}"
@@ -202,7 +207,7 @@ def run(arguments: Sequence[str]) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # 3 times faster on a busy machine
     report = partial(_report, json="--json" in arguments)
     try:
-        command = typer.main.get_command(application())
+        command = typer.main.get_command(application(arguments))
         code = command.main(list(arguments), prog_name="imgtool", standalone_mode=False)
     except ImgtoolError as fault:
         return report(fault)

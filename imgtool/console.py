@@ -90,6 +90,13 @@ class Console:
         self.quiet = quiet
         self.verbose = verbose
         self._results_to_stderr = False
+        self._muted = False
+
+    def muted(self) -> Console:
+        """Return a console that says what this one says, but gives no results: one of many runs."""
+        console = Console(self.json, self.quiet, self.verbose)
+        console._muted = True
+        return console
 
     @property
     def live(self) -> bool:
@@ -129,7 +136,7 @@ class Console:
             text: The same for people; "" prints nothing.
         """
         line = json.dumps(plain(record), allow_nan=False) if self.json else text
-        if line:
+        if line and not self._muted:
             _write(sys.stderr if self._results_to_stderr else sys.stdout, line)
 
     def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

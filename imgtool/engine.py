@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
@@ -17,6 +19,22 @@ if TYPE_CHECKING:
     Surveyed = Sequence[tuple[str, Callable[[], Photo]]]
 
 Terms = Mapping[str, "Tensor"]
+
+
+def later(module: str, name: str) -> Callable[..., Any]:
+    """Return a function that imports the real one when it is first called.
+
+    An engine whose ``infer`` needs no torch names its training functions so.
+
+    Args:
+        module: Dotted name of the module.
+        name: The function in it.
+    """
+
+    def call(*arguments: Any, **named: Any) -> Any:
+        return getattr(importlib.import_module(module), name)(*arguments, **named)
+
+    return call
 
 
 class Examples(Protocol):
@@ -63,7 +81,7 @@ class Result:
     """What ``Engine.apply`` gives back.
 
     Attributes:
-        image: ``(H, W, 3)`` RGB in the input's own data type.
+        image: ``(H, W, 3)`` RGB in the input's own data type; None where no picture was wanted.
             Where it is the very array of the photo, the photo is left as it is: where the format
             stays the same, the output is a copy of the input's bytes.
         facts: The engine's part of the JSON contract.
@@ -73,29 +91,49 @@ class Result:
             put in front. ``Engine.beside`` tells the suffixes before.
         row: The photo's row in ``Engine.table``: column to value.
         xmp: Properties in Adobe's namespace ``metadata.AUX`` that the output's XMP is to state.
+        before: The photo before, where what was opened is no photo: its metadata are the output's, and
+            where ``Watch.before`` asks for it, its pixels are shown beside the image.
+        line: The result in a line for people, "" where the picture is all.
     """
 
-    image: Pixels
+    image: Pixels | None
     facts: Mapping[str, object] = field(default_factory=dict)
     alpha: Pixels | None = None
     files: Mapping[str, bytes] = field(default_factory=dict)
     row: Mapping[str, object] = field(default_factory=dict)
     xmp: Mapping[str, str] = field(default_factory=dict)
+    before: Photo | None = None
+    line: str = ""
+
+    @property
+    def pixels(self) -> Pixels:
+        """The image, where one was wanted; raises ``TypeError`` where there is none."""
+        if self.image is None:
+            raise TypeError("the engine made no picture")
+        return self.image
 
 
 @dataclass(frozen=True)
 class Watch:
-    """Who is told how the work on one photo goes on.
+    """Who is told how the work on one photo goes on, and what is wanted of it.
 
     Attributes:
         done: Told how many tiles of how many are finished.
         say: Told in words what a user should know, such as that tiles were made smaller.
         name: The photo's path below the folder that it was found in.
+        source: The file, or its content where it came through standard input.
+        place: Path whose folder and stem the files beside take; None where there are none.
+        picture: Whether the picture is wanted, and not only the facts.
+        before: Whether the picture before is wanted too.
     """
 
     done: Callable[[int, int], None] = lambda finished, total: None
     say: Callable[[str], None] = lambda text: None
     name: str = ""
+    source: Path | bytes | None = None
+    place: Path | None = None
+    picture: bool = True
+    before: bool = False
 
 
 @dataclass(frozen=True)
@@ -173,6 +211,24 @@ class Report:
     tables: list[Table]
 
 
+class Crew(Protocol):
+    """What ``Engine.campaign`` is given.
+
+    Attributes:
+        folder: Folder of the campaign; everything that it writes goes there.
+    """
+
+    folder: Path
+
+    def say(self, text: str) -> None:
+        """Say a line."""
+        ...
+
+    def train(self, settings: Any, name: str) -> Mapping[str, Any]:
+        """Train into the sub-folder ``name``, or go on there; return {"best", "folder", "weights"}."""
+        ...
+
+
 @dataclass(frozen=True)
 class Engine:
     """One engine: what the five verbs need to know of it.
@@ -210,6 +266,18 @@ class Engine:
             ``ImgtoolError``, which must not stop the survey. One entry per photo: ``apply`` gets it as
             a fifth argument.
         wants_survey: Whether the settings ask for it.
+        campaign: ``(settings, crew) -> record``, called instead of one training where
+            ``wants_campaign(settings)``: cross-validation, search. It can be interrupted and resumed:
+            ``crew.train`` does not repeat what has ended.
+        wants_campaign: Whether the settings ask for it.
+        prepare: ``(weights file, settings) -> net``, for an engine that needs no torch to infer: what it
+            returns is handed to ``apply``. Without it, that is the torch network.
+        uses_weights: Whether the settings of ``infer`` need weights; asked only where there is ``prepare``.
+        open: ``(file or its content, name, settings) -> photo``, for an engine that reads its inputs
+            itself; what it returns is handed to ``apply``. Without it, that is an ``images.Photo``.
+        picture: Whether a picture is the result. Where not, one is written only where -o names it.
+        sheets: How the stems of pictures among ``Result.files`` end, such as "-methods": they are not
+            taken for inputs.
     """
 
     name: str
@@ -236,3 +304,10 @@ class Engine:
     check: Callable[[Any], None] = lambda settings: None
     survey: Callable[[nn.Module, Surveyed, Any, Watch], Sequence[object]] | None = None
     wants_survey: Callable[[Any], bool] = lambda settings: False
+    campaign: Callable[[Any, Crew], Mapping[str, Any]] | None = None
+    wants_campaign: Callable[[Any], bool] = lambda settings: False
+    prepare: Callable[[Path, Any], object] | None = None
+    uses_weights: Callable[[Any], bool] = lambda settings: True
+    open: Callable[[Path | bytes, str, Any], object] | None = None
+    picture: bool = True
+    sheets: tuple[str, ...] = ()

@@ -6,7 +6,6 @@ import errno
 import glob
 import json
 import os
-import secrets
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +18,20 @@ FORMATS = {
     ".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".tif": "tif", ".tiff": "tif", ".webp": "webp",
 }  # fmt: skip
 """Suffix of a photo that can be written to the name of its format."""
+
+RAW = frozenset({
+    ".3fr", ".ari", ".arw", ".bay", ".cap", ".cr2", ".cr3", ".crw", ".dcr", ".dcs", ".dng",
+    ".drf", ".eip", ".erf", ".fff", ".gpr", ".iiq", ".k25", ".kdc", ".mdc", ".mef", ".mos",
+    ".mrw", ".nef", ".nrw", ".orf", ".pef", ".ptx", ".pxn", ".r3d", ".raf", ".raw", ".rw2",
+    ".rwl", ".rwz", ".sr2", ".srf", ".srw", ".x3f",
+})  # fmt: skip
+"""Suffixes of camera RAW files, in lower case. ``.raw`` is read only where the file has a header."""
+
+READABLE = frozenset(FORMATS) | {".jpe", ".jfif", ".bmp", ".dib"} | RAW
+"""Suffixes of the photos that can be read, camera RAW among them."""
+
+SHEETS = ("-compare", "-side-by-side")
+"""How the stems of pictures of an output end."""
 
 _CURES = {
     errno.ENOSPC: "free some space or choose another folder with -o",
@@ -33,6 +46,24 @@ _CURES = {
     errno.ENOTEMPTY: "it is a folder; give the path of a file, or end the folder's name with a /",
     errno.ENAMETOOLONG: "choose a shorter name with -o",
 }
+
+
+def extension(source: Path | None) -> str:
+    """Return the ending, without its dot, for the output of an input: its own where that can be written.
+
+    PNG takes what has no format of its own to go back to: BMP, camera RAW, standard input.
+    """
+    suffix = source.suffix.lower() if source else ""
+    return suffix[1:] if suffix in FORMATS else "jpg" if suffix in (".jpe", ".jfif") else "png"
+
+
+def file_type(text: str) -> str:
+    """Return "jpg", "png", "tif" or "webp" for a suffix or name such as ".JPEG"; code 2 for any other."""
+    kind = FORMATS.get("." + text.lower().removeprefix("."))
+    if kind is None:
+        what = f"cannot write photos of the type {text!r}" if text else "the output has no file type"
+        raise ImgtoolError(what, "known: jpg, png, tif, webp", USAGE)
+    return kind
 
 
 @dataclass(frozen=True)
@@ -92,7 +123,7 @@ def read(source: Path) -> bytes:
 def _blank(target: Path) -> Path:
     """Make an empty hidden file beside the target, its permissions those of any new file."""
     # A short name of its own, for the target's may already be as long as the file system allows.
-    temporary = target.with_name(f".imgtool-{secrets.token_hex(8)}{target.suffix[:8]}")
+    temporary = target.with_name(f".imgtool-{os.urandom(8).hex()}{target.suffix[:8]}")
     target.parent.mkdir(parents=True, exist_ok=True)
     # Unlike tempfile's 0600, this mode leaves the permissions to the umask.
     os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
@@ -239,10 +270,9 @@ def _one(text: str, suffixes: Collection[str]) -> list[Item]:
     raise ImgtoolError(f"no such file: {text}", "check the path", USAGE)
 
 
-def _without_own(items: list[Item], engine: str) -> list[Item]:
-    """Leave out found outputs ``<stem>-<engine>``, and pictures of them, whose ``<stem>`` is beside them."""
+def _without_own(items: list[Item], endings: Collection[str]) -> list[Item]:
+    """Leave out found files ``<stem><ending>`` whose ``<stem>`` is beside them."""
     stems = {item.source.with_suffix("") for item in items if item.source}
-    endings = [f"-{engine}{more}" for more in ("", "-compare", "-side-by-side")]
 
     def own(item: Item) -> bool:
         source = item.source
@@ -256,7 +286,9 @@ def _without_own(items: list[Item], engine: str) -> list[Item]:
     return [item for item in items if not own(item)]
 
 
-def expand(inputs: Sequence[str], suffixes: Collection[str], engine: str = "") -> list[Item]:
+def expand(
+    inputs: Sequence[str], suffixes: Collection[str], engine: str = "", endings: Collection[str] = ()
+) -> list[Item]:
     """List the inputs that words on the command line stand for.
 
     Args:
@@ -266,6 +298,7 @@ def expand(inputs: Sequence[str], suffixes: Collection[str], engine: str = "") -
             a file named in full is taken whatever its suffix.
         engine: Where given, outputs of an earlier run of this engine beside their inputs
             (``photo-deblur.jpg`` beside ``photo.jpg``) are not taken for inputs.
+        endings: How the stems of other files end that are left out beside their inputs, such as "-methods".
 
     Returns:
         The inputs in the order given, each file once.
@@ -274,8 +307,9 @@ def expand(inputs: Sequence[str], suffixes: Collection[str], engine: str = "") -
         ImgtoolError: Code 2: no such file, no photo in a folder, no match for a glob.
     """
     found = [item for text in inputs for item in _one(text, suffixes)]
-    if engine:
-        found = _without_own(found, engine)
+    own = [f"-{engine}{more}" for more in ("", *SHEETS)] if engine else []
+    if own or endings:
+        found = _without_own(found, [*own, *endings])
     unique = {item.source.resolve() if item.source else None: item for item in reversed(found)}
     kept = set(map(id, unique.values()))
     return [item for item in found if id(item) in kept]

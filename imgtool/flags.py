@@ -83,16 +83,29 @@ class Flag:
         return METAVARS[self.kind]
 
 
-def commands() -> Iterator[Command]:
-    """Yield every command: each verb with each engine that has settings for it."""
-    for verb in VERBS:
-        for engine in engines.SUMMARY:
+def commands(words: Sequence[str] = ()) -> Iterator[Command]:
+    """Yield every command: each verb with each engine that has settings for it.
+
+    Args:
+        words: Where they begin with the words of one command, that one alone is yielded.
+    """
+    verbs, names = _named(words)
+    for verb in verbs:
+        for engine in names:
             module = engines.settings(engine)
             if verb == "data":
                 for action, cls in module.ACTIONS.items():
                     yield Command(verb, engine, action, cls)
             elif hasattr(module, verb.capitalize()):
                 yield Command(verb, engine, "", getattr(module, verb.capitalize()))
+
+
+def _named(words: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
+    """Return the verbs and the engines that what was typed names, all of them where it names no command."""
+    verb = words[0] if words and words[0] in VERBS else ""
+    place = 2 if verb == "data" else 1
+    engine = words[place] if len(words) > place and words[place] in engines.SUMMARY else ""
+    return ([verb], [engine]) if verb and engine else (list(VERBS), list(engines.SUMMARY))
 
 
 def _kind(annotation: Any) -> tuple[Any, bool]:

@@ -1,72 +1,104 @@
-"""The verb ``infer``: photos in, photos out, one after the other."""
+"""The verb ``infer``: photos in, photos or facts out, one after the other.
+
+Torch is imported only for engines whose network is one of torch, and what decodes and draws photos only
+where there are pictures.
+"""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from imgtool import checkpoint, compute, files, images, outputs, report, sheets
+from imgtool import files, header, outputs, report, sheets
 from imgtool.engine import Engine, Result, Watch
 from imgtool.errors import DONE, FAILED, USAGE, ImgtoolError
-from imgtool.images import metadata
 from imgtool.settings import Infer
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from imgtool.console import Bar, Console
+    from imgtool.images import Photo
 
 PAGE = "index.html"
-Pair = tuple[files.Item, Path | None]
 
 
-def _listed(engine: Engine, settings: Infer) -> list[Pair]:
-    """Return every input and its output, None for standard output."""
-    items = files.expand(settings.inputs, images.READABLE, engine.name)
-    targets = files.outputs(
-        items, engine.name, settings.out, lambda item: settings.format or images.extension(item.source)
-    )
+@dataclass(frozen=True)
+class Job:
+    """One input, and where what is made of it goes.
+
+    Attributes:
+        item: The input.
+        target: File of the picture; None where it goes to standard output, or is not wanted.
+        place: Path whose folder and stem the files beside take: that of the picture, or of the input
+            where no picture is wanted; None where neither is a file.
+        stream: Whether the picture goes to standard output.
+    """
+
+    item: files.Item
+    target: Path | None
+    place: Path | None
+    stream: bool = False
+
+
+def _listed(engine: Engine, settings: Infer) -> list[Job]:
+    """Return every input and where its output goes."""
+    pictures = engine.picture or settings.out is not None
+    endings = engine.sheets if engine.picture else (*engine.sheets, *files.SHEETS)
+    items = files.expand(settings.inputs, files.READABLE, engine.name, endings)
+    if pictures:
+        targets = files.outputs(
+            items, engine.name, settings.out, lambda item: settings.format or files.extension(item.source)
+        )
+        jobs = [Job(*pair, pair[1], pair[1] is None) for pair in zip(items, targets, strict=True)]
+    else:
+        jobs = [Job(item, None, item.source) for item in items]
     for name in ("compare", "side_by_side", "zip"):
-        if None in targets and getattr(settings, name):
+        if getattr(settings, name) and any(job.place is None for job in jobs):
             flag = name.replace("_", "-")
             what = f"--{flag} needs outputs that are files, and standard output is none"
             raise ImgtoolError(what, "give -o FILE", USAGE)
-    for item, target in zip(items, targets, strict=True):
-        _check_form(_form(settings, item, target), target)
-    return list(zip(items, targets, strict=True))
+    for job in jobs if pictures else ():
+        _check_form(_form(settings, job), job.target)
+    return jobs
 
 
-def _form(settings: Infer, item: files.Item, target: Path | None) -> str:
-    return settings.format or (target.suffix if target else images.extension(item.source))
+def _form(settings: Infer, job: Job) -> str:
+    return settings.format or (job.target.suffix if job.target else files.extension(job.item.source))
 
 
 def _check_form(form: str, target: Path | None) -> None:
-    kind = images.file_type(form)
-    if target and target.suffix and images.file_type(target.suffix) != kind:
+    kind = files.file_type(form)
+    if target and target.suffix and files.file_type(target.suffix) != kind:
         raise ImgtoolError(f"{target} is not named like a {form} file", "let -o and --format agree", USAGE)
 
 
-def _weights(engine: Engine, settings: Infer) -> checkpoint.Weights:
-    return checkpoint.read_weights(checkpoint.find(settings.weights or engine.weights), engine.name)
+def _weights(engine: Engine, settings: Infer) -> Path | None:
+    """Return the file of the weights, None where the settings need none."""
+    needed = engine.prepare is None or engine.uses_weights(settings)
+    return header.find(settings.weights or engine.weights) if needed else None
 
 
 def plan(engine: Engine, settings: Infer) -> Mapping[str, object]:
     """Return what ``--dry-run`` tells: device, network and every output path."""
-    weights = _weights(engine, settings)
-    net = checkpoint.network(engine, weights)
-    pairs = _listed(engine, settings)
+    path = _weights(engine, settings)
+    about: dict[str, object] = {"device": "cpu", "weights": None, "parameters": 0}
+    if engine.prepare is None and path:
+        from imgtool import checkpoint, compute
+
+        net = checkpoint.network(engine, checkpoint.read_weights(path, engine.name))
+        about |= {"device": str(compute.device(settings.device))}
+        about |= {"weights": path.stem, "parameters": sum(p.numel() for p in net.parameters())}
+    elif path:
+        state = header.read(path, engine.name).state
+        about |= {"weights": path.stem, "parameters": sum(array.size for array in state.values())}
+    jobs = _listed(engine, settings)
     engine.check(settings)
-    return {
-        "device": str(compute.device(settings.device)),
-        "weights": weights.name,
-        "parameters": sum(p.numel() for p in net.parameters()),
-        "outputs": [f"{item.name} -> {target or '-'}" for item, target in pairs],
-    }
+    outcomes = [f"{job.item.name} -> {job.target or ('-' if job.stream else 'facts')}" for job in jobs]
+    return about | {"outputs": outcomes}
 
 
 def run(engine: Engine, settings: Infer, console: Console) -> int:
@@ -79,32 +111,31 @@ def run(engine: Engine, settings: Infer, console: Console) -> int:
         ImgtoolError: For what concerns all inputs: nothing found, unknown weights or device, a table,
             page or archive that exists.
     """
-    pairs = _listed(engine, settings)
+    jobs = _listed(engine, settings)
     engine.check(settings)
-    _check_stream(pairs, console)
+    _check_stream(jobs, console)
     page = settings.report / PAGE if settings.report else None
     for path in (page, settings.zip):
         if path:
             files.check_new(path, settings.force or settings.skip_existing)
-    compute.use_threads(settings.threads)
-    batch = Batch(engine, settings, console, _weights(engine, settings), pairs)
+    batch = Batch(engine, settings, console, _weights(engine, settings), jobs)
     batch.check_places()
     batch.open_table()
     batch.load()
     try:
-        with console.progress(len(pairs), f"infer {engine.name}") as bar:
+        with console.progress(len(jobs), f"infer {engine.name}") as bar:
             batch.work(bar)
     finally:  # a batch that is interrupted has its page too, of what was done
         if page and batch.entries:
-            batch.write_page(page, len(pairs))
+            batch.write_page(page, len(jobs))
     if settings.zip and batch.made:
         batch.write_archive(settings.zip)
-    return batch.verdict(len(pairs))
+    return batch.verdict(len(jobs))
 
 
-def _check_stream(pairs: list[Pair], console: Console) -> None:
+def _check_stream(jobs: list[Job], console: Console) -> None:
     """Refuse, before anything is computed, a photo on standard output that nobody could use there."""
-    if all(target for _, target in pairs):
+    if not any(job.stream for job in jobs):
         return
     console.check_binary()
     if console.json:
@@ -120,9 +151,9 @@ class Batch:
     engine: Engine
     settings: Infer
     console: Console
-    weights: checkpoint.Weights
-    pairs: list[Pair]
-    net: nn.Module = field(init=False)
+    weights: Path | None
+    jobs: list[Job]
+    net: Any = None
     folder: Path | None = None
     names: Mapping[Path, str] = field(default_factory=dict)
     table: outputs.Table | None = None
@@ -131,31 +162,41 @@ class Batch:
     made: list[Path] = field(default_factory=list)
     _stream: bytes = b""
 
+    @property
+    def model(self) -> str | None:
+        """Name of the weights, None where there are none."""
+        return self.weights.stem if self.weights else None
+
     def check_places(self) -> None:
         """Refuse, before anything is computed, files that would fall on each other.
 
         Raises:
-            ImgtoolError: Code 2: two files of one name, an archive in the place of a photo, or files
-                beside standard output.
+            ImgtoolError: Code 2: two files of one name, a file in the place of a photo, an archive
+                of nothing, or files beside standard output.
         """
-        sources = {item.source.resolve() for item, _ in self.pairs if item.source}
+        sources = {job.item.source.resolve() for job in self.jobs if job.item.source}
         taken: dict[Path, str] = {}
-        for item, target in self.pairs:
-            if target is None and self.engine.beside(self.settings):
+        for job in self.jobs:
+            if job.place is None and self.engine.beside(self.settings):
                 raise ImgtoolError(
                     "files beside the output need an output that is a file", "give -o FILE", USAGE
                 )
-            for path in self._written(target):
+            for path in self._written(job):
                 real = path.resolve()
+                if real in sources:
+                    raise ImgtoolError(f"{path}, an input, would be overwritten", "run them apart", USAGE)
                 if real in taken:
-                    what = f"{taken[real]} and {item.name} would both write {path}"
+                    what = f"{taken[real]} and {job.item.name} would both write {path}"
                     raise ImgtoolError(what, "run them apart into different folders", USAGE)
-                taken[real] = item.name
-        archive = self.settings.zip.resolve() if self.settings.zip else None
-        if archive in sources or archive in taken:
-            raise ImgtoolError(
-                f"--zip {self.settings.zip} is a photo of the batch", "name another file", USAGE
-            )
+                taken[real] = job.item.name
+        self._check_archive(sources, taken)
+
+    def _check_archive(self, sources: Collection[Path], taken: Collection[Path]) -> None:
+        archive = self.settings.zip
+        if archive and (archive.resolve() in sources or archive.resolve() in taken):
+            raise ImgtoolError(f"--zip {archive} is a photo of the batch", "name another file", USAGE)
+        if archive and not taken:
+            raise ImgtoolError("--zip: no file is written that it could hold", "give -o DIR too", USAGE)
 
     def open_table(self) -> None:
         """Name the outputs within their folder, and begin or go on with the engine's table.
@@ -164,9 +205,9 @@ class Batch:
             ImgtoolError: A table exists that may not be overwritten, or is damaged.
         """
         settings = self.settings
-        if files.is_folder([item for item, _ in self.pairs], settings.out):
+        if files.is_folder([job.item for job in self.jobs], settings.out):
             self.folder = Path(str(settings.out))
-        self.names = outputs.below(self.folder, [target for _, target in self.pairs if target])
+        self.names = outputs.below(self.folder, [job.place for job in self.jobs if job.place])
         if not self.folder or not self.engine.table:
             return
         self.table = outputs.Table(self.folder / self.engine.table, list(self.names.values()))
@@ -180,16 +221,24 @@ class Batch:
         Raises:
             ImgtoolError: The device is not there, or the weights do not fit.
         """
-        where = compute.device(self.settings.device)
-        self.net = compute.channels_last(checkpoint.network(self.engine, self.weights).to(where))
+        if self.weights is None:
+            return
+        if self.engine.prepare:
+            self.net = self.engine.prepare(self.weights, self.settings)
+            return
+        from imgtool import checkpoint, compute
+
+        compute.use_threads(self.settings.threads)
+        net = checkpoint.network(self.engine, checkpoint.read_weights(self.weights, self.engine.name))
+        self.net = compute.channels_last(net.to(compute.device(self.settings.device)))
 
     def work(self, bar: Bar) -> None:
         """Process every input, after a look at all of them where the engine wants one."""
         surveyed = self._survey(bar)
-        for number, (item, target) in enumerate(self.pairs, 1):
+        for number, job in enumerate(self.jobs, 1):
             if not self.console.live:
-                self.console.detail(f"{number}/{len(self.pairs)} {item.name}")
-            self._each(item, target, bar, [surveyed[number - 1]] if surveyed else [])
+                self.console.detail(f"{number}/{len(self.jobs)} {job.item.name}")
+            self._each(job, bar, [surveyed[number - 1]] if surveyed else [])
             bar.advance(1)
             if self.failures and self.settings.fail_fast:
                 break
@@ -200,41 +249,48 @@ class Batch:
         if (
             engine.survey is None
             or not engine.wants_survey(self.settings)
-            or all(map(self._is_done, self.pairs))
+            or all(map(self._is_done, self.jobs))
         ):
             return ()
-        readers: list[tuple[str, Callable[[], images.Photo]]] = [
-            (item.name, partial(self._photo, item)) for item, _ in self.pairs
+        readers: list[tuple[str, Callable[[], Any]]] = [
+            (job.item.name, partial(self._opened, job.item)) for job in self.jobs
         ]
         watch = Watch(lambda done, total: bar.update(f"looking at {done}/{total}"), self.console.say)
         return engine.survey(self.net, readers, self.settings, watch)
 
-    def _is_done(self, pair: Pair) -> bool:
-        """Tell whether an input is left out: its output exists."""
-        _, target = pair
-        return target is not None and self.settings.skip_existing and target.exists()
+    def _is_done(self, job: Job) -> bool:
+        """Tell whether an input is left out: its output exists, or without a picture all files beside."""
+        if not self.settings.skip_existing:
+            return False
+        if job.target:
+            return job.target.exists()
+        written = [] if job.stream else self._written(job)
+        return bool(written) and all(path.exists() for path in written)
 
-    def _each(self, item: files.Item, target: Path | None, bar: Bar, known: list[object]) -> None:
+    def _each(self, job: Job, bar: Bar, known: list[object]) -> None:
         """Process one input and say how it went."""
         try:
-            if target and self._is_done((item, target)):
-                self._left_out(item, target)
+            if job.place and self._is_done(job):
+                self._left_out(job, job.place)
             else:
-                self._one(item, target, bar, known)
+                self._one(job, bar, known)
         except ImgtoolError as fault:
-            self._failed(item, fault)
+            self._failed(job.item, fault)
         except MemoryError:
-            self._failed(item, ImgtoolError("out of memory", "close other programs, or shrink the photo"))
+            self._failed(job.item, ImgtoolError("out of memory", "close other programs, or shrink the photo"))
 
-    def _left_out(self, item: files.Item, target: Path) -> None:
+    def _left_out(self, job: Job, place: Path) -> None:
         """Say that an output is there already; the page shows it as if it were made now."""
-        record = {"input": item.name, "output": str(target), "skipped": True}
-        self.console.result(record)
-        rowless = self.table is not None and self.names[target] not in self.table.rows
+        item, target = job.item, job.target
+        self.console.result({"input": item.name, "output": target and str(target), "skipped": True})
+        rowless = self.table is not None and self.names[place] not in self.table.rows
         note = f", without a row in {self.engine.table}" if rowless else ""
-        self.console.say(f"{item.name}: {target} exists, left out{note}")
-        self.made.append(target)
-        if self.settings.report and item.source:
+        there = f"{target} exists" if target else "its files exist"
+        self.console.say(f"{item.name}: {there}, left out{note}")
+        self.made.append(place)
+        if self.settings.report and item.source and target and not self.engine.open:
+            from imgtool import images
+
             before, after = images.read(item.source), images.read(target)
             facts = {"left out": "it was there already"}
             self.entries.append(report.entry(item.name, before.pixels, after.pixels, facts))
@@ -246,34 +302,51 @@ class Batch:
         if self.settings.report:
             self.entries.append(report.failed(item.name, fault.what, fault.hint))
 
-    def _photo(self, item: files.Item) -> images.Photo:
-        """Read an input; standard input is read once and kept."""
+    def _opened(self, item: files.Item) -> Any:
+        """Read an input, as the engine does where it does it itself."""
+        if self.engine.open:
+            return self.engine.open(self._source(item), item.name, self.settings)
+        from imgtool import images
+
+        return images.read(self._source(item), item.name)
+
+    def _source(self, item: files.Item) -> Path | bytes:
+        """Return an input's file, or its content: standard input is read once and kept."""
         if item.source is None:
             self._stream = self._stream or sys.stdin.buffer.read()
-        return images.read(item.source or self._stream, item.name)
+        return item.source or self._stream
 
-    def _one(self, item: files.Item, target: Path | None, bar: Bar, known: list[object]) -> None:
-        # A row without its output was interrupted between the two: what lies beside is ours.
-        again = self.table is not None and target is not None and self.names[target] in self.table.rows
-        for path in self._written(target):
-            files.check_new(path, self.settings.force or (again and path != target))
-        began = time.monotonic()
-        photo = self._photo(item)
-        watch = Watch(
+    def _watch(self, job: Job, bar: Bar) -> Watch:
+        settings = self.settings
+        shown = bool(settings.compare or settings.side_by_side or settings.report)
+        return Watch(
             lambda done, total: bar.update(f"tile {done}/{total}") if total > 1 else None,
             self.console.say,
-            str(item.relative),
+            str(job.item.relative),
+            self._source(job.item),
+            job.place,
+            picture=bool(job.target or job.stream or shown),
+            before=shown,
         )
-        result = self.engine.apply(self.net, photo, self.settings, watch, *known)
-        if self.table and target:
-            self.table.add(self.names[target], result.row)
-        untouched = self._put(photo, result, target, item)
-        height, width = result.image.shape[:2]
+
+    def _one(self, job: Job, bar: Bar, known: list[object]) -> None:
+        # A row without its output was interrupted between the two: what lies beside is ours.
+        again = self.table is not None and job.place is not None and self.names[job.place] in self.table.rows
+        for path in self._written(job):
+            files.check_new(path, self.settings.force or (again and path != job.target))
+        began = time.monotonic()
+        opened = self._opened(job.item)
+        result = self.engine.apply(self.net, opened, self.settings, self._watch(job, bar), *known)
+        if self.table and job.place:
+            self.table.add(self.names[job.place], result.row)
+        photo: Photo = result.before or opened
+        untouched = self._put(photo, result, job)
+        height, width = (None, None) if result.image is None else result.image.shape[:2]
         record: dict[str, Any] = {
-            "input": item.name,
-            "output": str(target or "-"),
+            "input": job.item.name,
+            "output": str(job.target) if job.target else "-" if job.stream else None,
             "engine": self.engine.name,
-            "model": self.weights.name,
+            "model": self.model,
             "width": width,
             "height": height,
             "seconds": time.monotonic() - began,
@@ -281,56 +354,65 @@ class Batch:
         }
         if untouched:
             record["untouched"] = True
-        self._picture(item, target, photo, result)
-        note = "  left as it is" if untouched else ""
-        size = f"{width}x{height}  {record['seconds']:.1f} s"
-        self.console.result(record, f"{item.name} -> {target or '-'}  {size}{note}")
+        self._picture(job, photo, result)
+        self.console.result(record, _line(record, result))
 
-    def _written(self, target: Path | None) -> list[Path]:
+    def _written(self, job: Job) -> list[Path]:
         """Return every file that an input's work will write."""
-        if target is None:
+        if job.place is None:
             return []
-        found = [outputs.beside(target, suffix) for suffix in self.engine.beside(self.settings)]
-        found += [outputs.compared(target)] * self.settings.compare
-        return [target, *found, *[outputs.paired(target)] * self.settings.side_by_side]
+        found = [job.target] if job.target else []
+        found += [outputs.beside(job.place, suffix) for suffix in self.engine.beside(self.settings)]
+        found += [outputs.compared(job.place)] * self.settings.compare
+        return [*found, *[outputs.paired(job.place)] * self.settings.side_by_side]
 
-    def _put(self, photo: images.Photo, result: Result, target: Path | None, item: files.Item) -> bool:
+    def _put(self, photo: Photo, result: Result, job: Job) -> bool:
         """Write what was made of a photo; return whether it was left as it is."""
-        form = _form(self.settings, item, target)
-        after = _made(photo, result)
-        untouched = after is photo and photo.format == images.file_type(form)
-        if untouched:
-            data = files.read(item.source) if item.source else self._stream
-        else:
-            for loss in images.losses(after, form):
-                self.console.warn(f"{item.name}: {loss}")
-            data = images.encode(after, form, self.settings.quality)
-        if target is None:
+        untouched, data = self._encoded(photo, result, job) if job.target or job.stream else (False, b"")
+        if job.stream:
             self.console.binary(data)
+        if job.place is None:
             return untouched
         for suffix, content in result.files.items():
-            files.write(outputs.beside(target, suffix), content)
-        files.write(target, data)
-        self.made.append(target)
+            files.write(outputs.beside(job.place, suffix), content)
+        if job.target:
+            files.write(job.target, data)
+        self.made.append(job.place)
         return untouched
 
-    def _picture(self, item: files.Item, target: Path | None, photo: images.Photo, result: Result) -> None:
-        icc = photo.icc or b""
-        if self.settings.compare and target:
-            sheet = outputs.compared(target)
-            sheets.compare(photo.pixels, result.image, sheet, title=item.name, icc=icc)
+    def _encoded(self, photo: Photo, result: Result, job: Job) -> tuple[bool, bytes]:
+        """Return whether a photo was left as it is, and the file that is made of it."""
+        from imgtool import images
+
+        form = _form(self.settings, job)
+        after = _made(photo, result)
+        if after is photo and photo.format == files.file_type(form):
+            return True, files.read(job.item.source) if job.item.source else self._stream
+        for loss in images.losses(after, form):
+            self.console.warn(f"{job.item.name}: {loss}")
+        return False, images.encode(after, form, self.settings.quality)
+
+    def _picture(self, job: Job, photo: Photo, result: Result) -> None:
+        if result.image is None or not (
+            self.settings.compare or self.settings.side_by_side or self.settings.report
+        ):
+            return
+        before, after, icc, name = photo.pixels, result.image, photo.icc or b"", job.item.name
+        if self.settings.compare and job.place:
+            sheet = outputs.compared(job.place)
+            sheets.compare(before, after, sheet, title=name, icc=icc)
             self.console.say(f"before/after: {sheet}")
-        if self.settings.side_by_side and target:
-            pair = outputs.paired(target)
-            scale = sheets.side_by_side(photo.pixels, result.image, pair, self.settings.quality, icc)
+        if self.settings.side_by_side and job.place:
+            pair = outputs.paired(job.place)
+            scale = sheets.side_by_side(before, after, pair, self.settings.quality, icc)
             small = "" if scale == 1 else f", at {100 * scale:.0f} %: JPEG holds no more"
             self.console.say(f"side by side: {pair}{small}")
         if self.settings.report:
-            self.entries.append(report.entry(item.name, photo.pixels, result.image, result.facts, icc=icc))
+            self.entries.append(report.entry(name, before, after, result.facts, icc=icc))
 
     def write_page(self, page: Path, total: int) -> None:
         """Write the page of the report, of what was done and what failed."""
-        about: dict[str, object] = {"engine": self.engine.name, "weights": self.weights.name}
+        about: dict[str, object] = {"engine": self.engine.name, "weights": self.model}
         if len(self.entries) < total:
             about["not done, or left out"] = total - len(self.entries)
         report.page(self.entries, page, title=f"imgtool infer {self.engine.name}", about=about)
@@ -339,14 +421,16 @@ class Batch:
     def write_archive(self, path: Path) -> None:
         """Write the archive of every output that is there, with what lies beside it."""
         members: dict[str, Path] = {}
-        for target in self.made:
+        inputs = {job.item.source for job in self.jobs}
+        for place in self.made:
             suffixes = self.engine.beside(self.settings)
-            for each in (target, *(outputs.beside(target, suffix) for suffix in suffixes)):
-                name = Path("outputs", self.names[target]).with_name(each.name)
+            beside = [outputs.beside(place, suffix) for suffix in suffixes]
+            for each in beside if place in inputs else [place, *beside]:
+                name = Path("outputs", self.names[place]).with_name(each.name)
                 members |= {name.as_posix(): each} if each.exists() else {}
-            pair = outputs.paired(target)
+            pair = outputs.paired(place)
             if self.settings.side_by_side and pair.exists():
-                members[Path("side_by_side", self.names[target]).with_name(pair.name).as_posix()] = pair
+                members[Path("side_by_side", self.names[place]).with_name(pair.name).as_posix()] = pair
         if self.table and self.table.path.exists():
             members[self.table.path.name] = self.table.path
         outputs.archive(path, members)
@@ -364,11 +448,23 @@ class Batch:
         return FAILED
 
 
-def _made(photo: images.Photo, result: Result) -> images.Photo:
+def _line(record: Mapping[str, Any], result: Result) -> str:
+    """Return the line of one input for people."""
+    if record["output"] is None:
+        return f"{record['input']}  {result.line}"
+    size = f"{record['width']}x{record['height']}  {record['seconds']:.1f} s"
+    note = "  left as it is" if record.get("untouched") else ""
+    told = f"  {result.line}" if result.line else ""
+    return f"{record['input']} -> {record['output']}  {size}{note}{told}"
+
+
+def _made(photo: Photo, result: Result) -> Photo:
     """Return the photo that a result makes of one; the same object where nothing changes."""
-    if result.image is photo.pixels and result.alpha is None and not result.xmp:
+    from imgtool.images import metadata
+
+    if result.pixels is photo.pixels and result.alpha is None and not result.xmp:
         return photo
-    after = photo.with_pixels(result.image)
+    after = photo.with_pixels(result.pixels)
     if result.alpha is not None:
         after = replace(after, alpha=result.alpha)
     if result.xmp:

@@ -18,11 +18,13 @@ from imgtool.files import write
 from imgtool.sheets import compare, sheet
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.text import Text
 
-__all__ = ["bars", "compare", "curves", "histogram", "sheet"]
+__all__ = ["bars", "compare", "curves", "front", "histogram", "scatter", "sheet"]
 
 PALETTE = ("#2563eb", "#ea580c", "#16a34a", "#9333ea", "#dc2626", "#0891b2", "#a16207", "#64748b")
 LARGEST = 1e100  # beyond it, the margins of an axis overflow
@@ -194,6 +196,116 @@ def histogram(values: Mapping[str, Iterable[float]], path: Path, *, title: str, 
     if series:
         _plain(axes.legend(frameon=False, fontsize=9).get_texts())
     _save(figure, path)
+
+
+Points = Mapping[str, "npt.NDArray[np.float64]"]
+"""Label to x and y, ``(N, 2)``."""
+
+
+def scatter(
+    points: Points, path: Path, *, title: str, labels: tuple[str, str], lines: Points | None = None
+) -> None:
+    """Write clouds of points as PNG, each the darker the denser, and lines over them.
+
+    The density is Gaussian with a cloud's own covariance, halved in scale, as kernel, and of at most 2000
+    of its points.
+
+    Args:
+        points: Label to points; the legend names their counts, and those not finite are left out.
+        path: The file to write.
+        title: Line at the top.
+        labels: What x and y are, with their units.
+        lines: Label to the corners of a line, which a row of NaN breaks; of the colour of the cloud of
+            that label, where there is one.
+
+    Raises:
+        ImgtoolError: The file cannot be written.
+    """
+    import numpy as np
+    from matplotlib.colors import to_rgba
+
+    figure = _figure(9, 6.5, title)
+    axes = figure.add_subplot()
+    _dress(axes, xlabel=labels[0])
+    axes.set_ylabel(labels[1], fontsize=9, color=INK, parse_math=False)
+    colours = dict(zip(points, cycle(PALETTE), strict=False))
+    for name, given in points.items():
+        cloud, colour = given[np.isfinite(given).all(1)], colours[name]
+        shades = [to_rgba(colour, shade) for shade in _shades(cloud)]
+        axes.scatter(cloud[:, 0], cloud[:, 1], s=10, c=shades, linewidths=0)
+        axes.scatter([], [], s=20, color=colour, label=f"{name}: {len(cloud)}")
+    for name, corners in (lines or {}).items():
+        label = "_" if name in points else name  # which matplotlib leaves out of the legend
+        axes.plot(*corners.T, color=colours.get(name, "#111827"), linewidth=1.2, label=label)
+    if points or lines:
+        _plain(axes.legend(frameon=False, fontsize=9).get_texts())
+    _save(figure, path)
+
+
+def _shades(cloud: npt.NDArray[np.float64]) -> list[float]:
+    """Return opacities of points ``(N, 2)``: from 0.25, where they are rare, to 0.9, where they crowd."""
+    import numpy as np
+
+    if len(cloud) < 3:
+        return [0.9] * len(cloud)
+    covariance = 0.25 * np.cov(cloud.T)
+    kernel = np.linalg.cholesky(covariance + (1e-9 * np.trace(covariance) + 1e-30) * np.eye(2))
+    scaled = np.linalg.solve(kernel, cloud.T)
+    among = scaled[:, :: math.ceil(len(cloud) / 2000)]
+    density = np.array([np.exp(-0.5 * np.square(among.T - point).sum(1)).mean() for point in scaled.T])
+    shades: list[float] = (0.25 + 0.65 * density / density.max()).tolist()
+    return shades
+
+
+def front(
+    points: Mapping[int, tuple[float, float]],
+    best: Sequence[int],
+    path: Path,
+    *,
+    title: str,
+    labels: tuple[str, str],
+    limit: float,
+) -> None:
+    """Write a Pareto front as PNG: all points, those on the front joined, and the limit on x as a line.
+
+    Points without y stand as crosses at the upper border, and what lies far beyond the limit at the right.
+
+    Args:
+        points: Number to x and y, both the better the smaller; NaN or infinity where unknown.
+        best: Numbers of those on the front, by x; they are written beside their points.
+        path: The file to write.
+        title: Line at the top.
+        labels: What x and y are, with their units.
+        limit: Largest x that is allowed.
+
+    Raises:
+        ImgtoolError: The file cannot be written.
+    """
+    figure = _figure(9, 5.5, title)
+    axes = figure.add_subplot()
+    _dress(axes, xlabel=labels[0])
+    axes.set_ylabel(labels[1], fontsize=9, color=INK, parse_math=False)
+    known = {number: (x, y) for number, (x, y) in points.items() if math.isfinite(x + y)}
+    right = 1.1 * max([limit, *(x for x, _ in known.values())])
+    axes.set_xlim(0, right)
+    axes.axvline(limit, color=PALETTE[4], linewidth=1, linestyle=(0, (4, 3)), label=f"limit {limit:g}")
+    grey: dict[str, Any] = {"color": "#9ca3af", "linestyle": ""}
+    axes.plot(*_columns(known.values()), marker="o", label=f"tried: {len(known)}", **grey)
+    corners = _columns(known[number] for number in best)
+    axes.plot(*corners, "o-", color=PALETTE[0], label=f"front: {len(best)}")
+    others = [x for number, (x, _) in points.items() if number not in known]
+    places = [right if math.isnan(x) else min(x, right) for x in others]
+    top: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "clip_on": False, "in_layout": False}
+    axes.plot(places, [1.0] * len(places), marker="x", label=f"no result: {len(places)}", **grey, **top)
+    for number in best:
+        axes.annotate(str(number), points[number], xytext=(5, 5), textcoords="offset points", fontsize=9)
+    axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
+    _save(figure, path)
+
+
+def _columns(points: Iterable[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    pairs = list(points)
+    return [x for x, _ in pairs], [y for _, y in pairs]
 
 
 def bars(values: Mapping[str, float], path: Path, *, title: str, xlabel: str, highlight: str = "") -> None:

@@ -1,6 +1,6 @@
 """Camera RAW: rendered to sRGB by LibRaw, the same way every time.
 
-LibRaw can crash on broken files, so it runs in a child process: ``python -m imgtool.raw IN OUT``.
+LibRaw can crash on broken files, so it runs in a child process: ``python -m imgtool.raw IN OUT [GAINS]``.
 A crash there is an error message here.
 """
 
@@ -19,17 +19,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from imgtool import files
 from imgtool.errors import FAILED, ImgtoolError
 
 if TYPE_CHECKING:
     import rawpy
 
-SUFFIXES = frozenset({
-    ".3fr", ".ari", ".arw", ".bay", ".cap", ".cr2", ".cr3", ".crw", ".dcr", ".dcs", ".dng",
-    ".drf", ".eip", ".erf", ".fff", ".gpr", ".iiq", ".k25", ".kdc", ".mdc", ".mef", ".mos",
-    ".mrw", ".nef", ".nrw", ".orf", ".pef", ".ptx", ".pxn", ".r3d", ".raf", ".raw", ".rw2",
-    ".rwl", ".rwz", ".sr2", ".srf", ".srw", ".x3f",
-})  # fmt: skip
+SUFFIXES = files.RAW
 """Suffixes of camera RAW files, in lower case. ``.raw`` is read only where the file has a header."""
 
 SIGNATURES = (
@@ -58,14 +54,16 @@ def has_signature(head: bytes) -> bool:
     return any(head[offset : offset + len(mark)] == mark for offset, mark in SIGNATURES)
 
 
-def render(path: Path) -> npt.NDArray[np.uint16]:
-    """Render a camera RAW file as LibRaw does, with the camera's white balance.
+def render(path: Path, gains: Sequence[float] = ()) -> npt.NDArray[np.uint16]:
+    """Render a camera RAW file as LibRaw does, with the camera's white balance or with another.
 
     No automatic brightness and no adjusted white level, both of which shift the exposure from
     photo to photo. X-Trans and other sensors that LibRaw knows are fine.
 
     Args:
         path: The file.
+        gains: Of red, green and blue, above 0; what they lift above white is clipped, the least lifts
+            nothing. () takes the camera's own.
 
     Returns:
         ``(H, W, 3)`` sRGB, upright, 16 bit.
@@ -76,7 +74,8 @@ def render(path: Path) -> npt.NDArray[np.uint16]:
     _refuse_headerless(path)
     with tempfile.TemporaryDirectory(prefix="imgtool-") as folder:
         target = Path(folder, "pixels.npy")
-        run([sys.executable, "-m", "imgtool.raw", str(path.absolute()), str(target)], path)
+        command = [sys.executable, "-m", "imgtool.raw", str(path.absolute()), str(target)]
+        run([*command, *(str(float(gain)) for gain in gains)], path)
         pixels: npt.NDArray[np.uint16] = np.load(target, allow_pickle=False)
     return pixels
 
@@ -120,13 +119,11 @@ def _reported(stdout: bytes) -> ImgtoolError | None:
 
 def _refuse_headerless(path: Path) -> None:
     """Refuse a ``.raw`` without a header: LibRaw would guess a camera from its size."""
-    from imgtool.files import unreadable
-
     try:
         with path.open("rb") as file:
             head = file.read(64)
     except OSError as fault:
-        raise unreadable(path, fault) from None
+        raise files.unreadable(path, fault) from None
     if not head:
         raise ImgtoolError(f"{path} is empty", "copy the file again")
     if path.suffix.lower() == ".raw" and not has_signature(head) and head[:4] not in (b"II*\0", b"MM\0*"):
@@ -164,11 +161,12 @@ def _check_levels(raw: rawpy.RawPy, path: Path) -> None:
         raise ImgtoolError(what, "copy the file again from the card")
 
 
-def develop(path: Path) -> npt.NDArray[np.uint16]:
+def develop(path: Path, gains: Sequence[float] = ()) -> npt.NDArray[np.uint16]:
     """Render in this process, which a broken file may crash; see ``render``.
 
     Args:
         path: The file.
+        gains: As for ``render``.
 
     Returns:
         ``(H, W, 3)`` sRGB, upright, 16 bit.
@@ -181,8 +179,9 @@ def develop(path: Path) -> npt.NDArray[np.uint16]:
     try:
         with rawpy.imread(str(path)) as raw:
             _check_levels(raw, path)
+            balance = {"user_wb": [*gains, gains[1]]} if gains else _white_balance(raw)
             pixels: npt.NDArray[Any] = raw.postprocess(
-                **_white_balance(raw),
+                **balance,
                 no_auto_bright=True,
                 adjust_maximum_thr=0.0,
                 gamma=(2.4, 12.92),
@@ -203,10 +202,10 @@ def develop(path: Path) -> npt.NDArray[np.uint16]:
         ) from None
 
 
-def main(source: str, target: str) -> int:
+def main(source: str, target: str, *gains: str) -> int:
     """Render ``source`` into ``target`` (.npy); a fault is one line of JSON on standard output."""
     try:
-        np.save(target, develop(Path(source)))
+        np.save(target, develop(Path(source), [float(gain) for gain in gains]))
     except ImgtoolError as fault:
         return _report(fault)
     except OSError as fault:

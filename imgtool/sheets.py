@@ -80,6 +80,11 @@ def _pen(picture: Image.Image) -> ImageDraw.ImageDraw:
 
 def _pile(strips: Sequence[Image.Image], path: Path, icc: bytes = b"") -> None:
     """Write strips of one width below each other as a PNG."""
+    write(path, _packed(strips, icc))
+
+
+def _packed(strips: Sequence[Image.Image], icc: bytes = b"") -> bytes:
+    """Return strips of one width below each other as a PNG."""
     whole = _blank(strips[0].width, sum(strip.height for strip in strips) + MARGIN)
     top = 0
     for strip in strips:
@@ -87,7 +92,7 @@ def _pile(strips: Sequence[Image.Image], path: Path, icc: bytes = b"") -> None:
         top += strip.height
     data = io.BytesIO()
     whole.save(data, "PNG", compress_level=4, icc_profile=colour_profile(icc))
-    write(path, data.getvalue())
+    return data.getvalue()
 
 
 def _heading(title: str, note: str, width: int) -> Image.Image:
@@ -301,3 +306,24 @@ def sheet(
         if captions is not None:
             strips.append(_caption(captions[number], room, 13))
     _pile(strips, path)
+
+
+def grid(tiles: Mapping[str, Array], *, title: str = "", columns: int = 3, width: int = 1600) -> bytes:
+    """Return a sheet of labelled pictures as PNG, filled row by row.
+
+    Args:
+        tiles: Label to picture; types as for ``compare``.
+        title: Line at the top.
+        columns: Pictures in a row.
+        width: Of the sheet, in pixels, at least 320.
+    """
+    width = max(320, width)
+    slot = _slot(width, columns)
+    labels = list(tiles)
+    pictures = [_picture(fit(tile, slot, slot)) for tile in tiles.values()]
+    strips = [_heading(title, "", width)]
+    for first in range(0, len(pictures), columns):
+        row, told = pictures[first : first + columns], labels[first : first + columns]
+        row += [_blank(1, 1)] * (columns - len(row))
+        strips.append(_row(row, width, [*told, *[""] * (columns - len(told))]))
+    return _packed(strips)

@@ -39,6 +39,8 @@ STATE = "last.pt"
 SETTINGS = "settings.toml"
 LOG = "log.jsonl"
 BEST = "best.safetensors"
+DONE_FILE = "done.json"
+"""What a run found, written when it ended: a campaign does not repeat it."""
 COUNTERS = ("step", "seconds", "bad", "skipped", "stale", "best")
 STATES = ("net", "ema", "optimiser", "scaler", "random", "sums", *COUNTERS)
 """What the state of a run holds."""
@@ -112,14 +114,56 @@ def run(engine: Engine, settings: Train, console: Console) -> int:
     """
     settings = resumed(engine, settings)
     folder = run_folder(engine, settings)
-    if not settings.resume and (folder / STATE).exists():
+    campaign = engine.campaign is not None and engine.wants_campaign(settings)
+    if not settings.resume and (folder / (SETTINGS if campaign else STATE)).exists():
         raise ImgtoolError(
             f"{folder} already holds a run",
             f"go on with it by --resume {folder}, or name another folder by -o",
         )
+    if engine.campaign is not None and campaign:
+        record = engine.campaign(settings, Crew(engine, settings, folder, console))
+        lines = [f"{name}: {value}" for name, value in record.items()]
+        console.result(record, "\n".join(lines))
+        return DONE
     loop = Loop(engine, settings, folder, console)
     loop.go()
     return DONE
+
+
+class Crew:
+    """What an engine that trains many times is given: one training at a time, and words for the user."""
+
+    def __init__(self, engine: Engine, settings: Train, folder: Path, console: Console) -> None:
+        """Record the settings in the campaign's folder, so that --resume and --config find them."""
+        self.folder = folder
+        self._engine, self._console = engine, console
+        record = settings.changed(resume=None, out=None)
+        files.write(folder / SETTINGS, to_toml(record, "train", engine.name).encode())
+
+    def say(self, text: str) -> None:
+        """Say a line on standard error."""
+        self._console.say(text)
+
+    def train(self, settings: Train, name: str) -> Mapping[str, Any]:
+        """Train into the sub-folder ``name``, go on with what was interrupted, or tell what had ended.
+
+        Returns:
+            ``{"best": {...}, "folder", "weights"}`` as a run prints them.
+
+        Raises:
+            ImgtoolError: As ``run``.
+            KeyboardInterrupt: After the state was saved.
+        """
+        folder = self.folder / name
+        ended = folder / DONE_FILE
+        if ended.exists():
+            found: dict[str, Any] = json.loads(files.read(ended))
+            return found
+        resume = folder if (folder / STATE).exists() else None
+        loop = Loop(self._engine, settings.changed(resume=resume, out=None), folder, self._console.muted())
+        found = loop.go()
+        files.write(ended, json.dumps(plain(found)).encode())
+        return found
 
 
 class Loop:
@@ -214,8 +258,8 @@ class Loop:
 
     # --- the loop ---
 
-    def go(self) -> None:
-        """Run to the last step, to the early stop, or to the interrupt."""
+    def go(self) -> dict[str, Any]:
+        """Run to the last step, to the early stop, or to the interrupt; return what was best."""
         if not self.settings.resume:
             self._write_settings()
         self._write_log(self._rows())
@@ -238,7 +282,7 @@ class Loop:
                     self._write_settings()  # not before: what was given now may not even run
                 if self._after_step(progress):
                     break
-        self._finish()
+        return self._finish()
 
     def _write_settings(self) -> None:
         """Record the settings; with --config they repeat the run, from its start, in a folder of its own."""
@@ -383,7 +427,7 @@ class Loop:
         }
         sheets.sheet(images, self.folder / "samples" / f"epoch-{epoch:04d}.png", title=f"epoch {epoch}")
 
-    def _finish(self) -> None:
+    def _finish(self) -> dict[str, Any]:
         if not self.best:
             raise ImgtoolError(
                 f"no finite {self.engine.best} was ever reached: there are no weights",
@@ -398,6 +442,7 @@ class Loop:
             self.console.warn(f"{self.skipped} steps were skipped: their loss or gradient was not finite")
         scores = "  ".join(f"{k} {v:.4g}" for k, v in self.best.get("scores", {}).items())
         self.console.result(last, f"best: {scores}\nweights: {last['weights']}")
+        return last
 
 
 def portable(settings: Train) -> dict[str, Any]:

@@ -6,6 +6,8 @@ import dataclasses
 import io
 import json
 import resource
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from safetensors.torch import save
 from torch import nn
 
 import imgtool
-from imgtool import checkpoint, cli, engines
+from imgtool import checkpoint, cli, engines, header
 from imgtool.checkpoint import Weights, find, load_state, network, read_state, read_weights, save_weights
 from imgtool.engine import Engine
 from imgtool.errors import FAILED, USAGE, ImgtoolError
@@ -80,6 +82,21 @@ def test_half_precision_is_half_the_size_and_read_as_float32(tmp_path: Path) -> 
         assert torch.equal(weights.state[name], value.half().float())
     with safe_open(tmp_path / "half.safetensors", "pt") as opened:
         assert all(opened.get_tensor(name).dtype == torch.float16 for name in opened.keys())  # noqa: SIM118
+
+
+def test_weights_are_read_as_numpy_arrays_without_torch(tmp_path: Path) -> None:
+    net = kept(tmp_path / "half.safetensors", half=True, licence="CC0")
+    weights = header.read(tmp_path / "half.safetensors", "toy")
+    assert (weights.name, weights.model, weights.header["licence"]) == ("half", {"width": 5}, "CC0")
+    assert set(weights.state) == set(net.state_dict())
+    for name, value in net.state_dict().items():
+        assert weights.state[name].dtype == "float32"
+        assert (weights.state[name] == value.half().float().numpy()).all()
+    code = "import sys; from imgtool import header; header.read(header.Path(sys.argv[1]), 'toy'); "
+    code += "print({'torch', 'cv2', 'PIL'} & set(sys.modules))"
+    command = [sys.executable, "-c", code, str(tmp_path / "half.safetensors")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
 
 
 # --- refused ----------------------------------------------------------------------------------
@@ -211,7 +228,7 @@ def test_nothing_changes_in_a_network_that_weights_do_not_fit() -> None:
 
 
 def test_shipped_weights_are_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "SHIPPED", tmp_path)
+    monkeypatch.setattr(header, "SHIPPED", tmp_path)
     with pytest.raises(ImgtoolError, match="named toy-large") as caught:
         find("toy-large")
     assert caught.value.hint == "give the path of a .safetensors file"
@@ -226,7 +243,7 @@ def test_shipped_weights_are_found_by_name(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_file_is_found_before_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "SHIPPED", tmp_path)
+    monkeypatch.setattr(header, "SHIPPED", tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     kept(tmp_path / "toy.safetensors")

@@ -293,3 +293,15 @@ def test_the_reference_is_fresh() -> None:
     made = runpy.run_path(str(ROOT / "docs" / "reference.py"))["reference"]()
     stale = "docs/cli.md is stale: run `make docs`"
     assert (ROOT / "docs" / "cli.md").read_text(encoding="utf-8") == made, stale
+
+
+def test_a_whole_command_imports_the_settings_of_its_engine_alone() -> None:
+    program = (
+        "import sys\nfrom imgtool import cli\n"
+        "code = cli.run(['data', 'check', 'awb', 'nowhere'])\n"
+        "names = ('lens', 'deblur', 'awb')\n"
+        "print(code, [name for name in names if f'imgtool.engines.{name}.settings' in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines()[-1] == "2 ['awb']"
+    assert "no such folder: nowhere" in done.stderr

@@ -26,6 +26,7 @@ from imgtool.settings import make, table, to_toml
 MATERIAL: Mapping[str, Callable[[Path], dict[str, Any]]] = {
     "deblur": lambda folder: {"photos": (folder,), "crop": 32, "held_out": 3},
     "lens": lambda folder: {"photos": (folder,), "held_out": 3, "untouched": 0.0, "input": 64, "lr": 3e-3},
+    "awb": lambda folder: {"photos": (folder,), "held_out": 3, "height": 48, "width": 64},
 }
 """Settings with which an engine trains on a folder of small photographs: a new engine, a new line."""
 
@@ -35,6 +36,8 @@ NETWORKS = [
     ("lens", "lines", {}),
     ("lens", "efficientnet-b0", {"arch": "efficientnet-b0", "input": 64}),
     ("lens", "original", {"arch": "efficientnet-b0", "head": "original", "input": 64, "lr": 3e-4}),
+    ("awb", "hist", {}),
+    ("awb", "deepawb", {"arch": "deepawb", "lr": 1e-3}),
 ]
 """Every network: engine, a name, the settings that shape it."""
 
@@ -97,7 +100,7 @@ def infer_settings(engine: Engine, **values: Any) -> Any:
 
 
 def noise(height: int, width: int, kind: str) -> Any:
-    values = np.random.default_rng(height * width).random((height, width, 3))
+    values = 0.1 + 0.8 * np.random.default_rng(height * width).random((height, width, 3))
     if kind == "float32":
         return values.astype(np.float32)
     return np.rint(values * np.iinfo(kind).max).astype(kind)

@@ -12,6 +12,7 @@ import sys
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,7 +27,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from imgtool import checkpoint, cli, engines, images
-from imgtool.engine import Engine, Result
+from imgtool.engine import Engine, Result, Watch
 from imgtool.engines.deblur.engine import ENGINE
 from imgtool.engines.deblur.settings import Model
 from imgtool.errors import ImgtoolError
@@ -983,6 +984,176 @@ def test_a_survey_of_all_photos_comes_before_the_first(infer: Run, monkeypatch: 
     with_engine(monkeypatch, apply=negative, survey=survey)
     infer("in", "-o", "more")
     assert len(seen) == 2
+
+
+# --- an engine whose result is not a picture -------------------------------------------------
+
+
+def measured(net: Any, level: float, settings: Any, watch: Watch, *rest: Any) -> Result:
+    """Tell the level of a photo; where a picture is wanted, make a grey one of that level."""
+    result = Result(None, {"level": level, "net": str(net)}, row={"level": level}, line=f"level {level:.0f}")
+    if settings.sheet:
+        result = replace(result, files={"-levels.png": b"sheet"})
+    if not watch.picture:
+        return result
+    grey = np.full((48, 64, 3), int(level), np.uint8)
+    before = Photo(scene() if watch.before else grey[:0], exif=camera_exif(), format="raw")
+    return replace(result, image=grey, before=before)
+
+
+def camera_exif() -> bytes:
+    exif = Image.Exif()
+    exif[271] = "Maker"
+    return exif.tobytes().removeprefix(b"Exif\0\0")
+
+
+def level_of(source: Path | bytes, name: str, settings: Any) -> float:
+    data = source if isinstance(source, bytes) else source.read_bytes()
+    if not data:
+        raise ImgtoolError(f"{name} is empty", "fill it")
+    return float(np.asarray(Image.open(io.BytesIO(data))).mean() // 1)
+
+
+class Settings(engines.settings("deblur").Infer):  # type: ignore[misc,name-defined]
+    sheet: bool = False
+
+
+LEVEL = scene().mean() // 1
+
+
+@pytest.fixture
+def measure(
+    infer: Run, weights: Path, monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture[bytes]
+) -> Run:
+    """Return a function that runs an engine whose result is a number, with or without its sheet."""
+    engine: Engine = replace(
+        ENGINE, apply=measured, open=level_of, picture=False, table="levels.csv", sheets=("-levels",),
+        prepare=lambda path, settings: path.stem, beside=lambda s: ["-levels.png"] if s.sheet else [],
+    )  # fmt: skip
+    monkeypatch.setattr(engines, "load", lambda name: engine)
+
+    def call(*words: str, sheet: bool = False) -> SimpleNamespace:
+        make = partial(infer_settings, sheet)
+        monkeypatch.setattr(cli, "resolve", make)
+        return infer(*words)
+
+    resolve = cli.resolve
+
+    def infer_settings(sheet: bool, cls: Any, *rest: Any) -> Any:
+        return Settings(**resolve(cls, *rest).model_dump(), sheet=sheet)
+
+    return call
+
+
+def test_without_an_output_only_the_facts_are_told(measure: Run) -> None:
+    put("in/a.png")
+    put("in/b.png", scene() // 2)
+    done = measure("in")
+    assert (done.code, listing()) == (0, ["in/a.png", "in/b.png"])
+    assert done.out.splitlines()[0] == f"in/a.png  level {LEVEL:.0f}"
+    line = measure("in/a.png", "--json").lines[0]
+    assert line.pop("seconds") > 0
+    assert line == {
+        "input": "in/a.png", "output": None, "engine": "deblur", "model": "random",
+        "width": None, "height": None, "facts": {"level": LEVEL, "net": "random"},
+    }  # fmt: skip
+    assert "in/a.png -> facts" in measure("in", "-n").out
+
+
+def test_a_picture_is_written_where_an_output_is_named(measure: Run) -> None:
+    put("in/a.png")
+    put("in/b.png", scene() // 2)
+    done = measure("in/a.png", "-o", "b.jpg")
+    assert done.out.startswith("in/a.png -> b.jpg  64x48")
+    assert done.out.endswith(f"level {LEVEL:.0f}\n")
+    after = images.read(Path("b.jpg"))
+    assert np.abs(after.pixels - LEVEL).max() <= 1
+    assert metadata.tag_bytes(after.exif, 271) == b"Maker\0"
+    assert measure("in", "-o", "out").code == 0
+    assert outputs_of("out") == ["out/a.png", "out/b.png", "out/levels.csv"]
+    rows = table("out/levels.csv")
+    assert [row[0] for row in rows] == ["file", "a.png", "b.png"]
+    assert float(rows[1][1]) == LEVEL
+    Path("out/b.png").unlink()
+    done = measure("in", "-o", "out", "--skip-existing", "--json")
+    assert ["skipped" in line for line in done.lines] == [True, False]
+
+
+def test_sheets_without_an_output_lie_beside_the_input_and_are_no_inputs(measure: Run) -> None:
+    put("in/a.png")
+    done = measure("in", "--compare", "--side-by-side", "--report", "page", "--zip", "all.zip", sheet=True)
+    assert done.code == 0
+    assert outputs_of("in") == ["in/a-compare.png", "in/a-levels.png", "in/a-side-by-side.jpg", "in/a.png"]
+    with Image.open("in/a-side-by-side.jpg") as both:
+        pixels = np.asarray(both).astype(int)
+    assert np.abs(pixels[:, :64] - scene()).mean() < 6
+    assert np.abs(pixels[:, 64:] - LEVEL).mean() < 2
+    with zipfile.ZipFile("all.zip") as zipped:
+        assert zipped.namelist() == ["outputs/a-levels.png", "side_by_side/a-side-by-side.jpg"]
+    assert "data:image/jpeg" in Path("page/index.html").read_text()
+    assert len(measure("in", "--json").lines) == 1  # the sheets are no photos of the folder
+    done = measure("in", "--side-by-side", sheet=True)
+    assert (done.code, "a-levels.png exists" in done.err) == (1, True)
+    Path("in/a-levels.png").write_bytes(b"old")
+    done = measure("in", "--json", "--skip-existing", sheet=True)
+    assert done.lines == [{"input": "in/a.png", "output": None, "skipped": True}]
+    assert Path("in/a-levels.png").read_bytes() == b"old"
+    assert measure("in", "--force", sheet=True).code == 0
+    assert Path("in/a-levels.png").read_bytes() == b"sheet"
+    assert len(measure("in", "--json", "--skip-existing").lines[0]) > 3  # nothing would be written
+
+
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        ("a.png a.jpg", "would both write a-levels.png"),
+        ("a.png a-levels.png --force", "an input, would be overwritten"),
+        ("-", "files beside the output need an output that is a file"),
+        ("a.png --zip a.png --force", "is a photo of the batch"),
+    ],
+)
+def test_files_beside_inputs_that_would_fall_on_each_other(measure: Run, words: str, what: str) -> None:
+    for name in ("a.png", "a.jpg", "a-levels.png"):
+        put(name)
+    before = Path("a-levels.png").read_bytes()
+    done = measure(*words.split(), sheet=True)
+    assert (done.code, what in done.err) == (2, True)
+    assert Path("a-levels.png").read_bytes() == before
+
+
+def test_an_archive_of_nothing_is_refused(measure: Run) -> None:
+    put("a.png")
+    done = measure("a.png", "--zip", "all.zip")
+    assert (done.code, "no file is written" in done.err) == (2, True)
+
+
+def test_facts_and_pictures_of_standard_input(measure: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = put("a.png").read_bytes()
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(data)))
+    done = measure("-", "--json")
+    assert (done.lines[0]["output"], done.lines[0]["facts"]["level"]) == (None, LEVEL)
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(data)))
+    done = measure("-", "-o", "-")
+    assert np.abs(np.asarray(Image.open(io.BytesIO(done.raw))) - LEVEL).max() == 0
+    assert f"level {LEVEL:.0f}" in done.err
+
+
+def test_a_frame_that_cannot_be_read_stops_only_itself(measure: Run) -> None:
+    put("in/a.png")
+    Path("in/b.png").write_bytes(b"")
+    done = measure("in", "--json")
+    assert done.code == 1
+    assert done.lines[1] == {"input": "in/b.png", "error": "in/b.png is empty", "hint": "fill it"}
+
+
+def test_an_engine_that_needs_no_weights_for_its_settings_is_given_none(
+    measure: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = replace(engines.load("deblur"), uses_weights=lambda settings: False)
+    monkeypatch.setattr(engines, "load", lambda name: engine)
+    put("a.png")
+    line = measure("a.png", "--json", "--weights", "nobody").lines[0]
+    assert (line["model"], line["facts"]["net"]) == (None, "None")
 
 
 # --- processes of their own ------------------------------------------------------------------

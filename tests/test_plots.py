@@ -284,6 +284,23 @@ def test_longer_bars_for_larger_figures(tmp_path):
     assert sorted(set(columns // 10))[-1] >= 3.8 * (columns.min() // 10)
 
 
+def test_a_front_leaves_what_has_no_result_at_the_border(tmp_path):
+    points = {0: (1.0, 3.0), 1: (4.0, 2.0), 2: (3.0, 5.0)}
+    words = {"title": r"$\frac$", "labels": ("ms", r"$\frac$"), "limit": 10.0}
+    plots.front(points, [0, 1], tmp_path / "plain.png", **words)
+    plots.front(
+        points | {3: (1e9, math.nan), 4: (math.inf, math.nan), 5: (math.nan, 1.0)},
+        [0, 1], tmp_path / "more.png", **words,
+    )  # fmt: skip
+    plots.front({7: (12.0, math.nan)}, [], tmp_path / "none.png", **words)
+    plain, more = opened(tmp_path / "plain.png"), opened(tmp_path / "more.png")
+    blue, again = share(plain[:, :900], (37, 99, 235)), share(more[:, :900], (37, 99, 235))  # no legend
+    for one, two in zip(blue, again, strict=True):  # the axes span what they did
+        np.testing.assert_allclose([one.min(), one.max()], [two.min(), two.max()], atol=12)
+    assert blue[1].max() < 0.5 * plain.shape[1]  # at 1 and 4 of an axis that ends beyond the limit of 10
+    assert (plain != more).any()
+
+
 @pytest.mark.slow
 def test_24_megapixels_take_little():
     code = """
@@ -313,3 +330,47 @@ def test_png_can_be_read_by_others(tmp_path):
     with Image.open(io.BytesIO((tmp_path / "sheet.png").read_bytes())) as picture:
         picture.verify()
         assert picture.format == "PNG"
+
+
+def test_a_cloud_is_darker_where_it_is_denser(tmp_path):
+    rng = np.random.default_rng(0)
+    crowd = rng.normal(0, 0.02, (300, 2))
+    plots.scatter(
+        {"crowd": np.concatenate([crowd, [[1.0, 1.0]]])}, tmp_path / "a.png", title="", labels=("", "")
+    )
+    picture = opened(tmp_path / "a.png").astype(int)
+    blue = picture[..., 2] - picture[..., 0]
+    height, width = blue.shape
+    crowded, lonely = blue[height // 2 :, : width // 2], blue[: height // 5, width * 7 // 10 :]
+    assert crowded.max() > 150
+    assert 30 < lonely.max() < 100
+
+
+def test_a_line_has_the_colour_of_its_cloud_and_ends_at_a_gap(tmp_path):
+    cloud = np.array([[0.0, 0.0], [1.0, 1.0]])
+    gap = [np.nan, np.nan]
+    line = np.array([[0.0, 0.0], [0.3, 0.3], gap, [0.7, 0.7], [1.0, 1.0]])
+    for name, corners in (("gap", line), ("whole", line[[0, 4]])):
+        plots.scatter(
+            {"a": cloud}, tmp_path / f"{name}.png", title="", labels=("x", "y"), lines={"a": corners}
+        )
+    blue = tuple(int(plots.PALETTE[0][at : at + 2], 16) for at in (1, 3, 5))
+    count = {name: (opened(tmp_path / f"{name}.png") == blue).all(2).sum() for name in ("gap", "whole")}
+    assert 0 < count["gap"] < count["whole"]
+
+
+@pytest.mark.parametrize(
+    "points",
+    [
+        {},
+        {"none": np.empty((0, 2))},
+        {"one": np.ones((1, 2))},
+        {"alike": np.ones((9, 2))},
+        {"in a row": np.stack([np.arange(9.0)] * 2, 1)},
+        {"$odd_name$": np.array([[np.nan, 1], [np.inf, 2], [1, 2], [3, 4], [5, 5]])},
+        {"many": np.random.default_rng(0).normal(size=(2500, 2))},
+    ],
+)
+def test_any_cloud_can_be_drawn(tmp_path, points):
+    plots.scatter(points, tmp_path / "a.png", title="A $title", labels=("x $", "y"), lines={})
+    assert opened(tmp_path / "a.png").shape[2] == 3

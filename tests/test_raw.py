@@ -158,6 +158,18 @@ def test_empty_and_missing(tmp_path):
     assert refused(tmp_path / "none.dng").code == 2
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+def test_other_gains(tmp_path, scale):
+    """Grey under the light that they undo; only their ratios count, and what is white stays white."""
+    path = dng(tmp_path / "a.dng", gains=(2.0, 1.0, 1.5))
+    found = corners(raw.render(path, [scale * gain for gain in (2.0, 1.0, 1.5)]))
+    assert found[1, 1] == pytest.approx(srgb(np.full(3, 0.2)), abs=0.01)
+    other = corners(raw.render(path, [scale * gain for gain in (1.0, 1.0, 1.5)]))
+    assert other[1, 1, 0] == pytest.approx(srgb(0.1), abs=0.01)
+    full = corners(raw.render(dng(tmp_path / "b.dng", light=5), [4 * scale, scale, 3 * scale]))
+    assert full[1, 1] == pytest.approx(1, abs=0.002)
+
+
 CRASHES = {
     "killed": "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
     "segmentation fault": "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)",

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 SUMMARY = {
     "lens": "Straighten photos that a lens bent.",
     "deblur": "Sharpen motion-blurred photos of any size.",
+    "awb": "White balance: gains of red and blue from raw frames.",
 }
 
 

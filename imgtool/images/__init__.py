@@ -4,9 +4,10 @@ What a file is decides its content, not its name; how deep it is decides its typ
 value. Every photo comes upright: the EXIF orientation is applied and reset.
 """
 
+from imgtool.files import extension, file_type
 from imgtool.images.photo import Photo, convert, to_float, to_type, turn
 from imgtool.images.reading import LARGEST, READABLE, WRITABLE, read, read_rgb8, size
-from imgtool.images.writing import encode, extension, file_type, losses, write
+from imgtool.images.writing import encode, losses, write
 
 __all__ = [
     "LARGEST",

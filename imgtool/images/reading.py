@@ -27,7 +27,7 @@ from imgtool.images.photo import Array, Photo, convert, split, turn
 WRITABLE = frozenset(files.FORMATS)
 """Suffixes of the photos that can be written, in lower case with their dot."""
 
-READABLE = WRITABLE | {".jpe", ".jfif", ".bmp", ".dib"} | raw.SUFFIXES
+READABLE = files.READABLE
 """Suffixes of the photos that can be read, camera RAW among them."""
 
 LARGEST = 500_000_000

@@ -14,7 +14,8 @@ import numpy as np
 from PIL import Image
 
 from imgtool import files
-from imgtool.errors import USAGE, ImgtoolError
+from imgtool.errors import ImgtoolError
+from imgtool.files import file_type
 from imgtool.images import metadata, tiff
 from imgtool.images.photo import Array, Photo, convert, merge
 from imgtool.images.reading import FAULTS, rgb_of_bgr
@@ -24,24 +25,6 @@ _LONGEST_EDGE = {"jpg": 65_500, "webp": 16_383}
 _LONGEST_JPEG_EXIF, _LONGEST_JPEG_XMP = 65_527, 65_502
 _PNG_LEVEL = 4  # of zlib: half the time of 6 for a few percent more bytes
 _FULL_COLOUR = 90  # JPEG quality from which colour keeps its resolution
-
-
-def extension(source: Path | None) -> str:
-    """Return the ending, without its dot, for the output of an input: its own where that can be written.
-
-    PNG takes what has no format of its own to go back to: BMP, camera RAW, standard input.
-    """
-    suffix = source.suffix.lower() if source else ""
-    return suffix[1:] if suffix in files.FORMATS else "jpg" if suffix in (".jpe", ".jfif") else "png"
-
-
-def file_type(text: str) -> str:
-    """Return "jpg", "png", "tif" or "webp" for a suffix or name such as ".JPEG"; code 2 for any other."""
-    kind = files.FORMATS.get("." + text.lower().removeprefix("."))
-    if kind is None:
-        what = f"cannot write photos of the type {text!r}" if text else "the output has no file type"
-        raise ImgtoolError(what, "known: jpg, png, tif, webp", USAGE)
-    return kind
 
 
 def _depth(photo: Photo, kind: str) -> str:

@@ -141,7 +141,7 @@ def _quality(
     }
     for number, (blurred_path, sharp_path) in enumerate(pairs):
         blurred, sharp = images.read_rgb8(blurred_path), images.read_rgb8(sharp_path)
-        output = engine.apply(net, images.Photo(blurred), Infer(inputs=("-",)), Watch()).image
+        output = engine.apply(net, images.Photo(blurred), Infer(inputs=("-",)), Watch()).pixels
         before, after = psnr(blurred, sharp), psnr(output, sharp)
         for name, value in (
             ("blurred", before),
@@ -198,7 +198,7 @@ def _sharp(
     apart = 0.0
     for number, path in enumerate(paths):
         photo = images.read_rgb8(path)
-        kept.append(psnr(engine.apply(net, images.Photo(photo), Infer(inputs=("-",)), Watch()).image, photo))
+        kept.append(psnr(engine.apply(net, images.Photo(photo), Infer(inputs=("-",)), Watch()).pixels, photo))
         if number < 6:
             apart = max(apart, tiled_apart(net, photo, engine))
     rows: list[tuple[object, ...]] = [
@@ -223,7 +223,7 @@ def tiled_apart(net: nn.Module, photo: Pixels, engine: Engine, tile: int = 256) 
     """Return how far tiles and the whole photo differ at most, in units of 1/255, before rounding."""
     values = photo.astype(np.float32) / np.float32(255)
     whole, tiled = (
-        engine.apply(net, images.Photo(values), Infer(inputs=("-",), tile=edge), Watch()).image
+        engine.apply(net, images.Photo(values), Infer(inputs=("-",), tile=edge), Watch()).pixels
         for edge in (0, tile)
     )
     return float(np.abs(whole - tiled).max() * 255)

@@ -1,0 +1,325 @@
+"""What a network of the original's kind costs, measured in a process of its own, here or on another machine.
+
+``python -m imgtool.engines.awb.measure`` reads an order and writes an answer, both JSON, by standard input
+and output. It takes NumPy and the few modules in ``SOURCES``, which the system's ssh carries to wherever
+there is python3 with NumPy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from math import inf
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from imgtool.errors import USAGE, ImgtoolError
+
+Structure = Mapping[str, Any]
+"""A network's shape: "channels", "kernels" and "strides" of the blocks, "widths" of the MLP's hidden layers,
+"height" and "width" of the input."""
+
+SOURCES = (
+    "imgtool/__init__.py",
+    "imgtool/errors.py",
+    "imgtool/engines/__init__.py",
+    "imgtool/engines/awb/__init__.py",
+    "imgtool/engines/awb/camera.py",
+    "imgtool/engines/awb/stats.py",
+    "imgtool/engines/awb/features.py",
+    "imgtool/engines/awb/forward.py",
+    "imgtool/engines/awb/measure.py",
+)
+"""All that a measurement runs, below the package's own parent."""
+
+FRAME = (432, 648)
+"""Rows and columns of the frame that is measured on: those of SimpleCube++."""
+BLACK, WHITE = 2048, 16383
+
+FASTEST = 1e9
+"""Multiplications in a millisecond that no core reaches."""
+ROUNDS = 3
+CALLS, FEWEST = 40, 5
+"""Timed calls in a round at most, and at least."""
+ENOUGH = 0.5
+"""CPU seconds after which a round ends."""
+HOPELESS = 20.0
+"""A first call that takes so many times the limit is the last."""
+PATIENCE = 300
+"""Seconds after which a measurement is given up."""
+
+_COUNTS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+ONE_THREAD = dict.fromkeys(_COUNTS, "1")
+_MODULE = "imgtool.engines.awb.measure"
+_SCRIPT = """
+import json, os, subprocess, sys, tempfile
+order = json.loads({order!r})
+with tempfile.TemporaryDirectory() as folder:
+    for name, text in order.pop("files").items():
+        path = os.path.join(folder, name)
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "w", encoding="utf-8", newline="") as file:
+            file.write(text)
+    done = subprocess.run(
+        [sys.executable, "-m", {module!r}], input=json.dumps(order).encode(), cwd=folder,
+        env=dict(os.environ, **{environment!r}),
+    )
+sys.exit(done.returncode)
+"""
+
+
+class Cost(NamedTuple):
+    """What a frame costs.
+
+    Attributes:
+        cpu_ms: CPU time of a frame in memory to its white, p95, in ms.
+        mb: Peak resident memory of the whole process, in 10^6 bytes.
+        measured: False where these are lower bounds that were computed: the network is far too large.
+    """
+
+    cpu_ms: float
+    mb: float
+    measured: bool = True
+
+
+# --- what can be known without a measurement ---
+
+
+def _blocks(net: Structure) -> Iterator[tuple[int, int, int, int]]:
+    """Yield inputs, outputs, kernel, and output pixels of each block's convolution.
+
+    Raises:
+        ImgtoolError: The blocks shrink the input to nothing.
+    """
+    rows, columns, wide = net["height"], net["width"], 3
+    for channels, kernel, stride in zip(net["channels"], net["kernels"], net["strides"]):  # noqa: B905
+        rows, columns = -(-rows // stride), -(-columns // stride)
+        if min(rows, columns) < 2:
+            raise ImgtoolError(f"strides {net['strides']} shrink {net['width']}x{net['height']} to nothing")
+        yield wide, channels, kernel, rows * columns
+        rows, columns, wide = rows // 2, columns // 2, channels
+
+
+def least(net: Structure) -> Cost:
+    """Return what a network costs at the very least, by its multiplications and its largest array.
+
+    Raises:
+        ImgtoolError: Its blocks shrink the input to nothing.
+    """
+    blocks = list(_blocks(net))
+    products = sum(wide * channels * kernel**2 * pixels for wide, channels, kernel, pixels in blocks)
+    largest = max(4 * wide * kernel**2 * pixels for wide, _, kernel, pixels in blocks)
+    return Cost(products / FASTEST, largest / 1e6, measured=False)
+
+
+def fingerprint(net: Structure) -> str:
+    """Return the hash of a network's shape and of the code that runs it."""
+    digest = hashlib.sha256(json.dumps(net, sort_keys=True).encode())
+    for name in SOURCES:
+        digest.update(hashlib.sha256((_root() / name).read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def _root() -> Path:
+    return Path(__file__).resolve().parents[3]
+
+
+# --- asking for a measurement ---
+
+
+def here(net: Structure, max_ms: float) -> Cost:
+    """Measure a network with random weights in a fresh process on this machine.
+
+    Args:
+        net: Its shape.
+        max_ms: Limit in ms; what misses it by far is measured less exactly.
+
+    Raises:
+        ImgtoolError: The process ended without an answer.
+    """
+    order = json.dumps({"net": net, "max_ms": max_ms})
+    return _cost(net, _talk([sys.executable, "-m", _MODULE], order, "this machine"), "this machine")
+
+
+def there(net: Structure, max_ms: float, host: str) -> Cost:
+    """Measure a network on another machine, by the system's ssh: only with keys, and hosts that it knows.
+
+    There must be python3 with NumPy; nothing stays there.
+
+    Args:
+        net: Its shape.
+        max_ms: Limit in ms, as ``here``.
+        host: ``[user@]host``, or a name in ssh's configuration.
+
+    Raises:
+        ImgtoolError: Code 2, for what is no host; code 1, where there is no ssh, or the host cannot be
+            reached, lacks python3 or NumPy, or answers anything else than what it was asked.
+    """
+    if not host or host.startswith("-") or any(letter.isspace() for letter in host):
+        raise ImgtoolError(f"--remote {host}: not a host", "give [user@]host", USAGE)
+    files = {name: (_root() / name).read_bytes().decode() for name in SOURCES}
+    order = json.dumps({"net": net, "max_ms": max_ms, "files": files})
+    script = _SCRIPT.format(order=order, module=_MODULE, environment=ONE_THREAD)
+    command = ["ssh", "-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=15", "--", host, "python3 -"]
+    return _cost(net, _talk(command, script, host), host)
+
+
+def _talk(command: Sequence[str], message: str, host: str) -> str:
+    """Run a command and return the last line of its output."""
+    try:
+        done = subprocess.run(
+            command,
+            input=message.encode(),
+            capture_output=True,
+            timeout=PATIENCE,
+            env=os.environ | ONE_THREAD,
+            check=False,
+        )
+    except FileNotFoundError:
+        raise ImgtoolError(f"{command[0]} is not installed", "install the client of OpenSSH") from None
+    except subprocess.TimeoutExpired:
+        raise ImgtoolError(
+            f"measuring on {host} took more than {PATIENCE} s",
+            "a smaller --max-ms ends sooner what is too slow",
+        ) from None
+    if done.returncode:
+        raise _fault(done.returncode, done.stderr.decode(errors="replace"), host)
+    lines = done.stdout.decode(errors="replace").split("\n")
+    return next((line for line in reversed(lines) if line.strip()), "")
+
+
+def _fault(code: int, words: str, host: str) -> ImgtoolError:
+    said = next((line for line in reversed(words.splitlines()) if line.strip()), f"code {code}")
+    if host == "this machine":
+        return ImgtoolError(f"measuring ended: {said}", "a killed process lacked memory: lower --max-mb")
+    if code == 255:
+        hint = f"ssh -o BatchMode=yes {host} true has to work: with a key, and a host that is known"
+        return ImgtoolError(f"ssh cannot reach {host}: {said}", hint)
+    if code == 127:
+        return ImgtoolError(f"there is no python3 on {host}: {said}", "install python3 and NumPy there")
+    return ImgtoolError(f"measuring on {host} ended: {said}", "it needs python3 and NumPy there")
+
+
+def _cost(net: Structure, line: str, host: str) -> Cost:
+    try:
+        answer = json.loads(line)
+        if "error" in answer:
+            raise ImgtoolError(f"measuring on {host}: {answer['error']}", answer["hint"])
+        cost = Cost(float(answer["cpu_ms"]), float(answer["mb"]))
+        if answer["hash"] != fingerprint(net) or not (0 < cost.cpu_ms < inf and 0 < cost.mb < inf):
+            raise ValueError
+        return cost
+    except (ValueError, TypeError, KeyError):
+        what = f"what {host} answered is not the measurement that it was asked for: {line[:60]}"
+        raise ImgtoolError(what, "a shell that prints when it starts may be the cause") from None
+
+
+# --- the measurement itself ---
+
+
+def random_state(net: Structure) -> dict[str, Any]:
+    """Return random parameters of a network, by the names of its layers, float32."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+
+    def normal(*shape: int) -> Any:
+        return (rng.standard_normal(shape) / np.sqrt(np.prod(shape[1:]))).astype(np.float32)
+
+    state: dict[str, Any] = {}
+    wide = 3
+    for block, (channels, kernel) in enumerate(zip(net["channels"], net["kernels"])):  # noqa: B905
+        state[f"blocks.{block}.conv.weight"] = normal(channels, wide, kernel, kernel)
+        norm = {"weight": 1, "bias": 0, "running_mean": 0, "running_var": 1}
+        for name, value in norm.items():
+            state[f"blocks.{block}.norm.{name}"] = np.full(channels, value, np.float32)
+        wide = channels
+    for layer, size in enumerate([*net["widths"], 2]):
+        state[f"mlp.{2 * layer}.weight"] = normal(size, wide)
+        state[f"mlp.{2 * layer}.bias"] = np.zeros(size, np.float32)
+        wide = size
+    return state
+
+
+def measured(order: Mapping[str, Any]) -> dict[str, Any]:
+    """Measure in this process: from a 16-bit frame in memory to its white, by NumPy, on one thread.
+
+    Args:
+        order: "net", the shape, and "max_ms".
+
+    Returns:
+        "cpu_ms" (p95), "p50", "mb", "calls", and "hash", the fingerprint of what was measured.
+    """
+    import numpy as np
+
+    from imgtool.engines.awb import features, forward, stats
+
+    net = order["net"]
+    state = random_state(net)
+    frame = np.random.default_rng(0).integers(BLACK, WHITE - BLACK, (*FRAME, 3), np.uint16)
+
+    def work() -> None:
+        seen = features.picture(stats.of_linear(frame, BLACK, WHITE), net["height"], net["width"])
+        forward.deepawb(state, seen, strides=tuple(net["strides"]), layers=len(net["widths"]))
+
+    times = _times(work, order["max_ms"])
+    p50, p95 = np.percentile(times, [50, 95])
+    return {
+        "cpu_ms": float(p95),
+        "p50": float(p50),
+        "mb": peak_mb(),
+        "calls": len(times),
+        "hash": fingerprint(net),
+    }
+
+
+def _times(work: Callable[[], None], max_ms: float) -> list[float]:
+    """Return the CPU times in ms of the calls of the fastest of some rounds, after a first call.
+
+    Other processes disturb a round or two, rarely all.
+    """
+    first = _spent(work)
+    if first > HOPELESS * max_ms:
+        return [first]
+    rounds = []
+    for _ in range(ROUNDS):
+        times: list[float] = []
+        while len(times) < FEWEST or (len(times) < CALLS and sum(times) < 1e3 * ENOUGH):
+            times.append(_spent(work))
+        rounds.append(times)
+    return min(rounds, key=lambda times: sorted(times)[int(0.95 * (len(times) - 1))])
+
+
+def _spent(work: Callable[[], None]) -> float:
+    begun = time.process_time()
+    work()
+    return 1e3 * (time.process_time() - begun)
+
+
+def peak_mb() -> float:
+    """Return the peak resident memory of this process in 10^6 bytes: VmHWM where there is /proc."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        import resource
+
+        unit = 1e6 if sys.platform == "darwin" else 1e3
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024 / 1e6
+
+
+def answer(order: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what was measured, or the error that the user should read."""
+    try:
+        return measured(order)
+    except ModuleNotFoundError as fault:
+        return {"error": f"{fault.name} is missing", "hint": f"python3 -m pip install {fault.name}"}
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(answer(json.loads(sys.stdin.read()))) + "\n")

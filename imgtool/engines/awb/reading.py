@@ -1,0 +1,686 @@
+"""Every kind of frame to statistics, and folders of frames whose white is known.
+
+What a file is decides its content: camera RAW, the statistics of a Raspberry Pi, linear 16-bit PNG as of
+Cube++ (Ershov et al., "The Cube++ Illumination Estimation Dataset", 2020), or a rendered photo.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import re
+import struct
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from imgtool import files
+from imgtool import raw as render
+from imgtool.engines.awb import mosaic, stats
+from imgtool.engines.awb.camera import Camera, Locus
+from imgtool.engines.awb.stats import AwbStats, Grid
+from imgtool.errors import USAGE, ImgtoolError
+
+if TYPE_CHECKING:
+    from imgtool.engines.awb.tuning import Tuning
+    from imgtool.images import Photo
+
+Array = npt.NDArray[Any]
+Row = Mapping[str, str]
+
+XYZ_TO_SRGB = np.array([[3.2406, -1.5372, -0.4986], [-0.9689, 1.8758, 0.0415], [0.0557, -0.2040, 1.0570]])
+"""XYZ to linear sRGB (IEC 61966-2-1)."""
+
+CUBE_LEVELS = (2048.0, 16383.0)
+"""Black level of Cube++, and the level that its frames stay below; where they saturate differs."""
+
+CUBE_SIZES = ((432, 648), (1728, 2592))
+"""Rows and columns of SimpleCube++ and Cube++."""
+
+CUBE_CORNER = (175 / 432, 250 / 648)
+"""Share of rows and columns at the bottom right that the colour cube of Cube++ takes."""
+
+RENDERED_AT = 5000.0
+"""Colour temperature for which Raspberry Pi statistics are rendered, in kelvin."""
+
+CLIPPED_COVERAGE = 0.5
+"""Coverage of their cells where a channel was clipped: its colour is not quite the sensor's."""
+
+LIGHTEST, DARKEST = 0.95, 0.04
+"""Values of rendered photos, in 0..1, outside of which a pixel does not count: curves and clipping."""
+
+_LEAST = 192
+_GT, _LEVELS, _CAMERAS, _PREVIEW = "gt.csv", "levels.json", "cameras.json", "preview.png"
+_STATISTICS = re.compile(r"([^,/]+),([^,/]+),([^,/]+),(\d+(?:\.\d+)?),(\d+(?:\.\d+)?),(\d+(?:\.\d+)?)\.png")
+_PNG = b"\x89PNG\r\n\x1a\n"
+_TIFF = (b"II*\0", b"MM\0*")
+_HEADINGS = (("mean_r", "mean_g", "mean_b"), ("r", "g", "b"))
+_HEAD = 1 << 16
+_AGAIN = "copy the file again from its source"
+
+
+class Sources(Protocol):
+    """How frames are read: see the settings of the same names."""
+
+    @property
+    def tuning(self) -> Path | None: ...  # noqa: D102
+    @property
+    def black(self) -> float: ...  # noqa: D102
+    @property
+    def white(self) -> float: ...  # noqa: D102
+    @property
+    def mask(self) -> str: ...  # noqa: D102
+    @property
+    def domain(self) -> str: ...  # noqa: D102
+
+
+class Statistics(NamedTuple):
+    """What the name of a Raspberry Pi statistic says.
+
+    Attributes:
+        photographer: Who took it.
+        sensor: Which is the name of its tuning file.
+        scene: Its number or name.
+        ct: True colour temperature in kelvin.
+        lux: Illuminance.
+        camera_ct: The camera's own estimate in kelvin.
+    """
+
+    photographer: str
+    sensor: str
+    scene: str
+    ct: float
+    lux: float
+    camera_ct: float
+
+    @classmethod
+    def of(cls, name: str) -> Statistics | None:
+        """Read the name of a file or a path, None where it is another kind of name."""
+        match = _STATISTICS.fullmatch(Path(name).name)
+        if not match:
+            return None
+        photographer, sensor, scene = match.groups()[:3]
+        return cls(photographer, sensor, scene, *map(float, match.groups()[3:]))
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """One frame of a data set.
+
+    Attributes:
+        path: Its file.
+        name: What messages call it.
+        truth: R/G and B/G of its white; None where there is a fault.
+        group: What a split keeps together: photographer, day, source photo, or neighbours in number.
+        read: Reads it, with truth and group; raises where there is a fault. Can be pickled.
+        fault: What is wrong with it, "" where nothing is as far as the folder shows.
+        part: "train" or "test" where the data set is split.
+    """
+
+    path: Path
+    name: str
+    truth: tuple[float, float] | None
+    group: str
+    read: Callable[[], AwbStats]
+    fault: str = ""
+    part: str = ""
+
+
+def read(source: Path | bytes, name: str, sources: Sources) -> AwbStats:
+    """Read a frame of any kind.
+
+    Args:
+        source: The file, or its content.
+        name: What messages call it; tells Raspberry Pi statistics.
+        sources: How it is read.
+
+    Returns:
+        Its statistics, with "camera_ct", "true_ct" and "sensor" in ``about`` where it is one of a
+        Raspberry Pi; for camera RAW see ``mosaic.read``.
+
+    Raises:
+        ImgtoolError: Code 2: no such file, or settings that do not fit it. Code 1: truncated, corrupt,
+            not an image, without colour, or a sensor whose tuning is not there.
+    """
+    path = source if isinstance(source, Path) else None
+    called = path or Path(name)
+    head = _head(source) if isinstance(source, Path) else source[:_HEAD]
+    if _is_raw(head, called.suffix.lower()):
+        return _with_tuning(_mosaic(source, name), sources)
+    deep = head.startswith(_PNG) and head[24:25] == b"\x10"
+    linear = sources.domain == "raw" or (sources.domain == "auto" and deep)
+    if not linear:
+        return _photo(source, name)
+    data = files.read(source) if isinstance(source, Path) else source
+    pixels = _png(data, name) if deep else _any(data, name)
+    told = Statistics.of(called.name)
+    if told and deep:
+        return _statistics(pixels, told, _tuning(told.sensor, path, sources)).changed(name=name)
+    return _with_tuning(_linear(pixels, path, sources), sources).changed(name=name)
+
+
+def is_raw(source: Path | bytes, name: str) -> bool:
+    """Tell whether a frame is a camera RAW file.
+
+    Args:
+        source: The file, or its content.
+        name: What content without a name is called.
+    """
+    if isinstance(source, Path):
+        return _is_raw(_head(source), source.suffix.lower())
+    return _is_raw(source[:_HEAD], Path(name).suffix.lower())
+
+
+def _head(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(_HEAD)
+    except OSError as fault:
+        raise files.unreadable(path, fault) from None
+
+
+def _is_raw(head: bytes, suffix: str) -> bool:
+    """Tell camera RAW by content; the suffix decides only where the content is TIFF or unknown."""
+    if render.has_signature(head):
+        return True
+    if head.startswith(_TIFF):
+        tags = mosaic.tiff_tags(io.BytesIO(head), {mosaic.DNG_VERSION, mosaic.SUBFILE_TYPE})
+        preview = tags.get(mosaic.SUBFILE_TYPE) == (1.0,)
+        return suffix in render.SUFFIXES or preview or mosaic.DNG_VERSION in tags
+    return suffix in render.SUFFIXES and not head.startswith((_PNG, b"\xff\xd8", b"BM", b"RIFF"))
+
+
+def _mosaic(source: Path | bytes, name: str) -> AwbStats:
+    if isinstance(source, Path):
+        return mosaic.read(source, name)
+    with tempfile.TemporaryDirectory(prefix="imgtool-") as folder:
+        path = Path(folder, "input.dng")
+        files.write(path, source)
+        return mosaic.read(path, name)
+
+
+# Linear frames.
+
+
+def _png(data: bytes, name: str) -> Array:
+    """Decode a 16-bit PNG as ``(H, W, 3)`` RGB, a view of OpenCV's BGR."""
+    import cv2
+
+    _check_png(data, name)
+    level = cv2.utils.logging.getLogLevel()
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+    try:
+        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    except cv2.error:
+        pixels = None
+    finally:
+        cv2.utils.logging.setLogLevel(level)
+    if pixels is None:
+        raise ImgtoolError(f"{name} is truncated or corrupt: its pixels do not unpack", _AGAIN)
+    if pixels.ndim != 3:
+        raise _grey(name)
+    return pixels[..., 2::-1]
+
+
+def _grey(name: str) -> ImgtoolError:
+    hint = "give a frame in colour; a Bayer mosaic has to come as camera RAW, such as DNG"
+    return ImgtoolError(f"{name} is grey: it has no white balance", hint)
+
+
+def _check_png(data: bytes, name: str) -> None:
+    """Refuse a PNG that is cut short or has a wrong check sum: libpng would print about it, or guess."""
+    view, place, kind = memoryview(data), len(_PNG), b""
+    while kind != b"IEND":
+        if place + 12 > len(data):
+            raise ImgtoolError(f"{name} is truncated", _AGAIN)
+        length, kind = struct.unpack_from(">I4s", data, place)
+        end = place + 12 + length
+        if end > len(data):
+            raise ImgtoolError(f"{name} is truncated", _AGAIN)
+        if zlib.crc32(view[place + 4 : end - 4]) != int.from_bytes(view[end - 4 : end], "big"):
+            raise ImgtoolError(f"{name} is corrupt: a check sum is wrong", _AGAIN)
+        place = end
+
+
+def _any(data: bytes, name: str) -> Array:
+    """Decode a photo whose numbers are said to be linear."""
+    from imgtool import images
+
+    photo = images.read(data, name)
+    if photo.grey:
+        raise _grey(name)
+    return photo.pixels
+
+
+def _linear(pixels: Array, path: Path | None, sources: Sources) -> AwbStats:
+    cube = _is_cube(pixels, path)
+    black, white = _levels(pixels, path, sources, cube)
+    valid = _valid(pixels, sources.mask, cube)
+    return stats.of_linear(pixels, black, white, valid)
+
+
+def _corner(pixels: Array) -> Array:
+    """Return the part of a frame of Cube++ that its colour cube takes, as a view."""
+    high, wide = pixels.shape[:2]
+    return pixels[high - round(high * CUBE_CORNER[0]) :, wide - round(wide * CUBE_CORNER[1]) :]
+
+
+def _is_cube(pixels: Array, path: Path | None) -> bool:
+    """Tell frames of Cube++ by their size and their folder, or the black corner of SimpleCube++."""
+    if pixels.shape[:2] not in CUBE_SIZES or (path and _beside(path, _LEVELS)):
+        return False
+    return bool((path and path.resolve().parent.name == "PNG") or not _corner(pixels).any())
+
+
+def _beside(path: Path, name: str) -> Path | None:
+    """Return a file that describes a data set: beside the frame, or beside the folder of frames."""
+    places = (path.parent / name, path.resolve().parent.parent / name)
+    return next((place for place in places if place.is_file()), None)
+
+
+def _levels(pixels: Array, path: Path | None, sources: Sources, cube: bool) -> tuple[float, float]:
+    """Return the levels of black and white: as asked, as the data set says, or as the numbers suggest."""
+    file = _beside(path, _LEVELS) if path else None
+    if file:
+        black, white = _told_levels(file)
+    elif cube:
+        black, white = CUBE_LEVELS
+    else:
+        black, white = 0.0, _likely_white(pixels)
+    return (
+        sources.black if sources.black >= 0 else black,
+        sources.white if sources.white >= 0 else white,
+    )
+
+
+def _likely_white(pixels: Array) -> float:
+    """Return the white of 8, 10, 12, 14 or 16 bit, whichever is the first that holds the numbers."""
+    if pixels.dtype.kind == "f":
+        return 1.0
+    top = int(pixels.max(initial=0))
+    return float(next(2**bits - 1 for bits in (8, 10, 12, 14, 16, 64) if top < 2**bits))
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(files.read(path))
+    except ValueError as fault:
+        raise ImgtoolError(f"{path} is no JSON: {fault}", "write it again, or remove it") from None
+
+
+def _told_levels(path: Path) -> tuple[float, float]:
+    told = _json(path)
+    try:
+        return float(told["black"]), float(told["white"])
+    except (TypeError, KeyError, ValueError):
+        hint = 'it should read {"black": 1024, "white": 16383}'
+        raise ImgtoolError(f"{path} does not say black and white", hint) from None
+
+
+def _valid(pixels: Array, mask: str, cube: bool) -> npt.NDArray[np.bool_] | None:
+    """Return which pixels count, None for all."""
+    if mask == "none":
+        return None
+    valid = np.ones(pixels.shape[:2], np.bool_)
+    if mask == "cube" or (mask == "auto" and cube):
+        _corner(valid)[...] = False
+    elif mask == "auto":
+        valid = (pixels[..., 0] != 0) | (pixels[..., 1] != 0) | (pixels[..., 2] != 0)
+    else:
+        valid[_rectangle(mask)] = False
+    return valid
+
+
+def _rectangle(text: str) -> tuple[slice, slice]:
+    match = re.fullmatch(r"\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*", text)
+    if not match:
+        raise ImgtoolError(f"--mask {text} is not understood", "give auto, none, cube or x,y,w,h", USAGE)
+    left, top, wide, high = map(int, match.groups())
+    return slice(top, top + high), slice(left, left + wide)
+
+
+# Tunings, and the statistics that need them.
+
+
+@lru_cache(maxsize=64)
+def _loaded(path: Path, changed: int) -> Tuning:
+    """Load a tuning once, as long as its file stays as it is."""
+    from imgtool.engines.awb.tuning import Tuning
+
+    return Tuning.load(path)
+
+
+def load_tuning(path: Path) -> Tuning:
+    """Load a libcamera tuning file.
+
+    Raises:
+        ImgtoolError: Code 2 where there is no such file, code 1 where it is no tuning.
+    """
+    try:
+        return _loaded(path, path.stat().st_mtime_ns)
+    except OSError as fault:
+        raise files.unreadable(path, fault) from None
+
+
+def _with_tuning(found: AwbStats, sources: Sources) -> AwbStats:
+    """Take the camera of the tuning file that is given; what else is known of it stays."""
+    if sources.tuning is None or sources.tuning.is_dir():
+        return found
+    camera = _tuned(load_tuning(sources.tuning), found.camera.name)
+    return found.changed(camera=replace(camera, xyz_to_camera=found.camera.xyz_to_camera))
+
+
+@lru_cache(maxsize=64)
+def _tuned(tuning: Tuning, name: str = "") -> Camera:
+    return Camera(name or tuning.name, tuning.locus, known=True, tuning=tuning)
+
+
+def _tuning(sensor: str, path: Path | None, sources: Sources) -> Tuning:
+    """Find the tuning of a sensor: the one asked for, or beside the frame or its folder."""
+    if sources.tuning is not None and not sources.tuning.is_dir():
+        return load_tuning(sources.tuning)
+    folders = [] if sources.tuning is None else [sources.tuning]
+    if path is not None and not folders:
+        own = path.resolve().parent
+        above = own.parent / "tunings"
+        folders = [above, own / "tunings", above / own.name]
+    places = [folder / f"{sensor}.json" for folder in folders]
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        looked = f" in {places[0].parent}" if places else ""
+        hint = "--tuning names a libcamera tuning file, or a folder that holds SENSOR.json"
+        raise ImgtoolError(f"no tuning of the sensor {sensor}{looked}", hint)
+    return load_tuning(found)
+
+
+@lru_cache(maxsize=64)
+def _canonical(tuning: Tuning) -> Tuning:
+    """Return a tuning for statistics: they are in the colours of the sensor of the curve."""
+    parameters = tuning.parameters._replace(sensitivity_r=1.0, sensitivity_b=1.0)
+    return replace(tuning, parameters=parameters)
+
+
+def _statistics(pixels: Array, told: Statistics, tuning: Tuning) -> AwbStats:
+    """Undo the rendering of Raspberry Pi statistics: gains and colour matrix of 5000 K.
+
+    raspberrypi/awb_nn renders lens shading, the gains of the CT curve, and the colour correction matrix,
+    clipping to 0..1 before and after the matrix.
+    """
+    tuning = _canonical(tuning)
+    values = pixels.astype(np.float32) / np.float32(65535)
+    clipped = ((pixels == 0) | (pixels == 65535)).any(2)
+    red, blue = np.asarray(tuning.locus.at(RENDERED_AT), np.float64)
+    back = np.diag([red, 1.0, blue]) @ np.linalg.inv(tuning.ccm(RENDERED_AT))
+    return AwbStats(
+        (values @ back.T.astype(np.float32)).astype(np.float32),
+        np.where(clipped, np.float32(CLIPPED_COVERAGE), np.float32(1)),
+        _tuned(tuning, told.sensor),
+        lux=told.lux,
+        saturated=float((pixels == 65535).any(2).mean()),
+        white=65535.0,
+        truth=_white_at(tuning, told.ct),
+        group=told.photographer,
+        about={"camera_ct": told.camera_ct, "true_ct": told.ct, "sensor": told.sensor},
+    )
+
+
+def _white_at(tuning: Tuning, ct: float) -> tuple[float, float]:
+    red, blue = np.asarray(tuning.locus.at(ct), np.float64)
+    return float(red), float(blue)
+
+
+# Rendered photos.
+
+
+@lru_cache(maxsize=1)
+def srgb_camera() -> Camera:
+    """Return the camera whose colours are those of linear sRGB, which is no sensor's."""
+    return Camera("sRGB", Locus.of_matrix(XYZ_TO_SRGB))
+
+
+def _photo(source: Path | bytes, name: str) -> AwbStats:
+    from imgtool import images
+
+    return of_photo(images.read(source, name, _LEAST), name)
+
+
+def of_photo(photo: Photo, name: str) -> AwbStats:
+    """Average a rendered photo: sRGB inverted (IEC 61966-2-1), without highlights and deep shadows.
+
+    Args:
+        photo: The photo; pixels that are clear through do not count.
+        name: What messages call it.
+
+    Raises:
+        ImgtoolError: It is grey.
+    """
+    from imgtool import images
+
+    if photo.grey:
+        raise _grey(name)
+    grid = Grid.of(photo.pixels.shape[0], photo.pixels.shape[1])
+    values = np.clip(np.nan_to_num(images.to_float(grid.planes(photo.pixels))), 0, 1)
+    linear = np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
+    peak = values.max(0)
+    counts = (peak <= LIGHTEST) & (peak >= DARKEST)
+    if photo.alpha is not None:
+        counts &= grid.sampled(photo.alpha) > 0
+    found = stats.of_samples(linear.astype(np.float32), counts, grid.side)
+    share = float((peak > LIGHTEST).mean())
+    return found.changed(camera=srgb_camera(), domain="srgb", saturated=share, name=name)
+
+
+# Data sets.
+
+
+def dataset(folder: Path, sources: Sources) -> list[Entry]:
+    """List a folder of frames whose white is known.
+
+    Raspberry Pi statistics (the folder of PNGs, or its parent with ``tunings/``), Cube++ and
+    SimpleCube++ (``PNG/`` and ``gt.csv``, or ``train`` and ``test`` with these), what ``imgtool data
+    synth awb`` writes, and any photos with a ``gt.csv`` beside them. Its columns are ``image`` and
+    ``mean_r,mean_g,mean_b`` or ``r,g,b``; where there are both, the mean. Others that count: ``camera``,
+    ``group``, ``day``, ``date``, ``lux``. Rows of Cube++ with an empty mean, scenes of several lights,
+    are left out with their frames.
+
+    Args:
+        folder: The folder.
+        sources: How the frames are read.
+
+    Returns:
+        The frames in the order of their names, and an entry with a fault for each row that makes no
+        sense, row without a frame, frame without a row, and statistic without a tuning.
+
+    Raises:
+        ImgtoolError: Code 2: no such folder, or nothing in it that is known. Code 1: a ``gt.csv``
+            that cannot be read, or lacks a column.
+    """
+    if not folder.is_dir():
+        raise ImgtoolError(f"no such folder: {folder}", "check the path", USAGE)
+    told = [path for path in sorted(folder.glob("*.png")) if Statistics.of(path.name)]
+    told = told or [path for path in sorted(folder.glob("*/*.png")) if Statistics.of(path.name)]
+    if told:
+        return [_of_statistics(path, sources) for path in told]
+    if (folder / _GT).is_file():
+        return list(_of_table(folder, sources, ""))
+    parts = [part for part in ("train", "test") if (folder / part / _GT).is_file()]
+    if parts:
+        return [entry for part in parts for entry in _of_table(folder / part, sources, part)]
+    hint = "it should hold gt.csv and its frames, train/ and test/ with these, or Raspberry Pi statistics"
+    raise ImgtoolError(f"{folder} is no data set with known white", hint, USAGE)
+
+
+def _entry_read(path: Path, sources: Sources, camera: Camera | str, more: Mapping[str, Any]) -> AwbStats:
+    """Read a frame, with what a table says of it; a camera of which only the name is said keeps its facts."""
+    found = read(path, str(path), sources)
+    if isinstance(camera, str):
+        camera = replace(found.camera, name=found.camera.name or camera)
+    return found.changed(camera=camera, **more)
+
+
+def _refuse(what: str) -> AwbStats:
+    raise ImgtoolError(what, "imgtool data check awb lists all faults")
+
+
+def _faulty(path: Path, what: str, part: str = "") -> Entry:
+    return Entry(path, str(path), None, "", partial(_refuse, what), what, part)
+
+
+def _of_statistics(path: Path, sources: Sources) -> Entry:
+    told = Statistics.of(path.name)
+    assert told
+    try:
+        truth = _white_at(_canonical(_tuning(told.sensor, path, sources)), told.ct)
+    except ImgtoolError as fault:
+        return _faulty(path, f"{path}: {fault.what}")
+    reader = partial(_entry_read, path, sources, "", {})
+    return Entry(path, str(path), truth, told.photographer, reader)
+
+
+class _Table(NamedTuple):
+    """A ``gt.csv`` and what stands beside it."""
+
+    rows: Sequence[Row]
+    columns: Sequence[str]
+    more: Mapping[str, Row]
+    cameras: Mapping[str, Camera]
+
+
+def _csv(path: Path) -> tuple[list[dict[str, str]], list[str]]:
+    """Read a table with its headings, in lower case."""
+    try:
+        text = files.read(path).decode("utf-8-sig")
+        lines = list(csv.reader(io.StringIO(text, newline="")))
+    except (UnicodeDecodeError, csv.Error) as fault:
+        raise ImgtoolError(f"{path} is no table of text: {fault}", "write it again as CSV in UTF-8") from None
+    headings = [heading.strip().lower() for heading in lines[0]] if lines else []
+    rows = [
+        dict(zip(headings, (value.strip() for value in line), strict=False))
+        for line in lines[1:]
+        if any(line)
+    ]
+    return rows, headings
+
+
+def _table(folder: Path) -> _Table:
+    path = folder / _GT
+    rows, headings = _csv(path)
+    columns = next((triple for triple in _HEADINGS if set(triple) <= set(headings)), None)
+    if "image" not in headings or columns is None:
+        hint = "it needs the columns image, and mean_r, mean_g, mean_b or r, g, b"
+        raise ImgtoolError(f"{path} lacks a column: it has {', '.join(headings) or 'none'}", hint)
+    if not rows:
+        raise ImgtoolError(f"{path} has no rows", "give a row for each frame")
+    tables = (folder / "properties.csv", folder.parent / "auxiliary" / f"{folder.name}_properties.csv")
+    more = next((table for table in tables if table.is_file()), None)
+    properties = {_stem(row.get("image", "")): row for row in (_csv(more)[0] if more else [])}
+    return _Table(rows, columns, properties, _cameras(folder / _CAMERAS))
+
+
+def _cameras(path: Path) -> dict[str, Camera]:
+    """Read the cameras that ``data synth`` has imagined."""
+    if not path.is_file():
+        return {}
+    told = _json(path)
+    try:
+        return {name: _imagined(name, facts) for name, facts in told.items()}
+    except (TypeError, KeyError, ValueError, AttributeError):
+        hint = 'it should read {"NAME": {"ct_curve": [T, r, b, ...], "xyz_to_camera": [9 numbers]}}'
+        raise ImgtoolError(f"{path} does not describe cameras", hint) from None
+
+
+def _imagined(name: str, facts: Mapping[str, Any]) -> Camera:
+    matrix = facts.get("xyz_to_camera")
+    known = mosaic.camera_of(name, matrix)
+    if "ct_curve" not in facts:
+        return known
+    curve = np.asarray(facts["ct_curve"], np.float64).reshape(-1, 3)
+    xyz = None if matrix is None else np.asarray(matrix, np.float64).reshape(3, 3)
+    return Camera(name, Locus(*curve.T), known=True, xyz_to_camera=xyz)
+
+
+def _stem(image: str) -> str:
+    """Return the name of an image without its suffix, if it has one that we know."""
+    suffix = Path(image).suffix.lower()
+    return image[: -len(suffix)] if suffix in files.READABLE else image
+
+
+def _frames(folder: Path) -> dict[str, list[Path]]:
+    """Return the frames of a folder by stem."""
+    place = folder / "PNG" if (folder / "PNG").is_dir() else folder
+    found: dict[str, list[Path]] = {}
+    for path in sorted(place.iterdir()):
+        known = path.suffix.lower() in files.READABLE
+        if known and not path.name.startswith(".") and path.name != _PREVIEW:
+            found.setdefault(path.stem, []).append(path)
+    return found
+
+
+def _chosen(image: str, frames: Sequence[Path]) -> Path | None:
+    """Return the frame that a row means: the one of that name, else the RAW file, else the only one."""
+    exact = [path for path in frames if path.name == Path(image).name]
+    raw = [path for path in frames if path.suffix.lower() in render.SUFFIXES]
+    if exact or _stem(image) != image:
+        return exact[0] if exact else None
+    return next(iter(raw or frames), None)
+
+
+def _of_table(folder: Path, sources: Sources, part: str) -> Iterator[Entry]:
+    table, frames = _table(folder), _frames(folder)
+    seen: set[Path] = set()
+    stems = {_stem(Path(row.get("image", "")).name) for row in table.rows}
+    for row in table.rows:
+        image = row.get("image", "")
+        path = _chosen(image, frames.get(_stem(Path(image).name), []))
+        if path is None:
+            yield _faulty(folder / image, f"{folder / _GT}: the row {image or '(empty)'} has no frame", part)
+        elif path in seen:
+            yield _faulty(path, f"{folder / _GT}: {image} has two rows", part)
+        elif any(row.get(column) for column in table.columns) or "left_r" not in row:
+            yield _of_row(path, row, table, sources, part)
+        seen |= {path} if path else set()
+    for stem, paths in frames.items():
+        if stem not in stems:
+            yield _faulty(paths[0], f"{paths[0]} has no row in {folder / _GT}", part)
+
+
+def _number(text: str | None) -> float:
+    """Return a positive number, NaN where it is none."""
+    try:
+        value = float(text or "")
+    except ValueError:
+        return math.nan
+    return value if 0 < value < math.inf else math.nan
+
+
+def _of_row(path: Path, row: Row, table: _Table, sources: Sources, part: str) -> Entry:
+    red, green, blue = (_number(row.get(column)) for column in table.columns)
+    if math.isnan(red + green + blue):
+        given = ", ".join(row.get(column) or "nothing" for column in table.columns)
+        return _faulty(path, f"{path}: its white is not three positive numbers: {given}", part)
+    told = {**table.more.get(path.stem, {}), **row}
+    truth, group = (red / green, blue / green), _group(path.stem, told)
+    more: dict[str, Any] = {"truth": truth, "group": group}
+    name = told.get("camera") or told.get("exif:model", "")
+    if not math.isnan(_number(told.get("lux"))):
+        more["lux"] = _number(told["lux"])
+    reader = partial(_entry_read, path, sources, table.cameras.get(name, name), more)
+    return Entry(path, str(path), truth, group, reader, "", part)
+
+
+def _group(stem: str, row: Row) -> str:
+    """Return what a row says belongs together, else its hundred of a running number: those share days."""
+    for column in ("group", "photographer", "day", "date"):
+        if row.get(column):
+            return row[column]
+    match = re.fullmatch(r"(.*\d+)\d\d", stem)
+    return match[1] if match else f"{zlib.crc32(stem.encode()) % 100:02d}"
