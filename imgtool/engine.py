@@ -266,6 +266,7 @@ class Engine:
             ``ImgtoolError``, which must not stop the survey. One entry per photo: ``apply`` gets it as
             a fifth argument.
         wants_survey: Whether the settings ask for it.
+        describe: ``(training set) -> facts`` that the weights' header keeps of what they were trained on.
         campaign: ``(settings, crew) -> record``, called instead of one training where
             ``wants_campaign(settings)``: cross-validation, search. It can be interrupted and resumed:
             ``crew.train`` does not repeat what has ended.
@@ -304,6 +305,7 @@ class Engine:
     check: Callable[[Any], None] = lambda settings: None
     survey: Callable[[nn.Module, Surveyed, Any, Watch], Sequence[object]] | None = None
     wants_survey: Callable[[Any], bool] = lambda settings: False
+    describe: Callable[[Any], Mapping[str, Any]] = lambda examples: {}
     campaign: Callable[[Any, Crew], Mapping[str, Any]] | None = None
     wants_campaign: Callable[[Any], bool] = lambda settings: False
     prepare: Callable[[Path, Any], object] | None = None

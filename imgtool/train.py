@@ -41,6 +41,8 @@ LOG = "log.jsonl"
 BEST = "best.safetensors"
 DONE_FILE = "done.json"
 """What a run found, written when it ended: a campaign does not repeat it."""
+CAMPAIGN = "campaign.json"
+"""Marks a folder of many runs."""
 COUNTERS = ("step", "seconds", "bad", "skipped", "stale", "best")
 STATES = ("net", "ema", "optimiser", "scaler", "random", "sums", *COUNTERS)
 """What the state of a run holds."""
@@ -115,7 +117,7 @@ def run(engine: Engine, settings: Train, console: Console) -> int:
     settings = resumed(engine, settings)
     folder = run_folder(engine, settings)
     campaign = engine.campaign is not None and engine.wants_campaign(settings)
-    if not settings.resume and (folder / (SETTINGS if campaign else STATE)).exists():
+    if not settings.resume and any((folder / name).exists() for name in (STATE, CAMPAIGN)):
         raise ImgtoolError(
             f"{folder} already holds a run",
             f"go on with it by --resume {folder}, or name another folder by -o",
@@ -139,6 +141,7 @@ class Crew:
         self._engine, self._console = engine, console
         record = settings.changed(resume=None, out=None)
         files.write(folder / SETTINGS, to_toml(record, "train", engine.name).encode())
+        files.write(folder / CAMPAIGN, json.dumps({"engine": engine.name}).encode())
 
     def say(self, text: str) -> None:
         """Say a line on standard error."""
@@ -161,6 +164,7 @@ class Crew:
             return found
         resume = folder if (folder / STATE).exists() else None
         loop = Loop(self._engine, settings.changed(resume=resume, out=None), folder, self._console.muted())
+        loop.home = self.folder
         found = loop.go()
         files.write(ended, json.dumps(plain(found)).encode())
         return found
@@ -172,6 +176,7 @@ class Loop:
     def __init__(self, engine: Engine, settings: Train, folder: Path, console: Console) -> None:
         """Build network, data and optimiser, and take up the state of a resumed run."""
         self.engine, self.settings, self.folder, self.console = engine, settings, folder, console
+        self.home = folder  # what --resume takes: of one run among many, the folder of all
         compute.use_threads(settings.threads)
         self.device = compute.device(settings.device)
         self.autocast = compute.autocast_type(settings.precision, self.device)
@@ -298,7 +303,7 @@ class Loop:
         if ended or self.step % settings.save_every == 0 or self.interrupted:
             self._save()
         if self.interrupted:
-            self.console.say(f"stopped at step {self.step}; go on with --resume {self.folder}")
+            self.console.say(f"stopped at step {self.step}; go on with --resume {self.home}")
             raise KeyboardInterrupt
         stop = ended and 0 < settings.patience <= self.stale
         if stop:
@@ -341,7 +346,7 @@ class Loop:
             self._save()  # no step was taken since the last good one
             raise ImgtoolError(
                 f"loss or gradient not finite for {row} steps in a row, up to step {self.step}",
-                f"go on from the last good weights with a lower --lr: --resume {self.folder}",
+                f"go on from the last good weights with a lower --lr: --resume {self.home}",
             )
 
     def _average(self) -> None:
@@ -415,6 +420,7 @@ class Loop:
                 "scores": row["scores"],
                 "step": row["step"],
                 "train": portable(self.settings),
+                **self.engine.describe(self.train),
             }
             checkpoint.save_weights(
                 self.folder / BEST, self.engine, self.settings, self.ema.state_dict(), about

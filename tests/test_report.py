@@ -162,6 +162,7 @@ def test_a_page_that_cannot_be_written_leaves_nothing(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.slow
 def test_a_hundred_photos_stay_usable(tmp_path):
     entry = report.entry("a.jpg", pixels(1000, 1600) // 2, pixels(1000, 1600), {})
     held = sum(

@@ -184,6 +184,7 @@ def unbroken(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_killed_within_an_epoch_ends_at_the_same_bits(
     photographs: Path, unbroken: Path, tmp_path: Path
 ) -> None:

@@ -164,3 +164,10 @@ def test_a_campaign_is_what_was_asked_for() -> None:
     assert campaign.wanted(Train(search=1))
     assert not campaign.wanted(Train())
     assert not campaign.wanted(Train(folds=3, fold=1))
+
+
+def test_a_folder_of_many_runs_is_not_written_into_by_one(tmp_path: Path) -> None:
+    train.Crew(ENGINE, Train(folds=2), tmp_path, Console(quiet=True))
+    for settings in (Train(out=tmp_path), Train(out=tmp_path, folds=2)):
+        with pytest.raises(ImgtoolError, match="already holds a run"):
+            train.run(ENGINE, settings, Console(quiet=True))

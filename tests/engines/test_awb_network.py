@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import replace
 from typing import Any
@@ -228,8 +229,19 @@ def test_a_split_holds_out_whole_groups() -> None:
     kept, out = data.divided(every, Train())
     assert out
     assert {s.group for s in kept}.isdisjoint(s.group for s in out)
+    for values in ({"fold": 1}, {"folds": 2, "fold": 2}):
+        with pytest.raises(ImgtoolError, match="no fold"):
+            data.divided(every, Train(**values))
     both = data.divided(every, Train(train_on_all=True))
     assert len(both[0]) == len(both[1]) == len(every)
+
+
+def test_weights_remember_the_frames_that_they_were_trained_on() -> None:
+    settings = Train()
+    every = [frame(n).changed(name=f"some/folder/{n}.png") for n in range(3)]
+    real = data.Real(data.Frames(every, [1.0] * 3), settings, disturb=True)
+    expected = sorted(hashlib.sha256(f"{n}".encode()).hexdigest()[:8] for n in range(3))
+    assert data.describe(real) == {"frames": expected}
 
 
 def test_the_originals_loss_is_the_weighted_squared_error() -> None:

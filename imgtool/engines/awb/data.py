@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -135,6 +137,9 @@ class Mixed:
         """Return a sample; it is a function of the number."""
         rng = np.random.default_rng([self.seed, 6, number])
         return (self.synthetic if rng.random() < self.share else self.real)[number]
+
+
+Set = Real | Synthetic | Mixed
 
 
 def _shape(settings: Train) -> Model:
@@ -291,10 +296,29 @@ def fold_of(names: Sequence[str], folds: int) -> dict[str, int]:
     return dealt
 
 
+def mark(name: str) -> str:
+    """Return eight letters that stand for a frame: the hash of its file's stem."""
+    return hashlib.sha256(Path(name).stem.encode()).hexdigest()[:8]
+
+
+def describe(examples: Set) -> dict[str, list[str]]:
+    """Return the marks of the real frames that a set trains on: errors on them are no test."""
+    real = examples.real if isinstance(examples, Mixed) else examples
+    names = [stats.name for stats in real.frames.stats] if isinstance(real, Real) else []
+    return {"frames": sorted(mark(name) for name in names)}
+
+
 def divided(every: Sequence[AwbStats], settings: Train) -> tuple[list[AwbStats], list[AwbStats]]:
-    """Split frames into those to train on and those held out, groups whole."""
+    """Split frames into those to train on and those held out, groups whole.
+
+    Raises:
+        ImgtoolError: Code 2, for a fold that there is not.
+    """
     if settings.train_on_all:
         return list(every), list(every)
+    if settings.fold >= settings.folds > 0 or (settings.fold >= 0 and not settings.folds):
+        hint = f"--fold counts from 0 to {settings.folds - 1}" if settings.folds else "give --folds too"
+        raise ImgtoolError(f"no fold {settings.fold} of {settings.folds}", hint, USAGE)
     names = groups(every, settings.group)
     if settings.fold < 0:
         pairs = list(zip(every, names, strict=True))
@@ -311,9 +335,6 @@ def divided(every: Sequence[AwbStats], settings: Train) -> tuple[list[AwbStats],
 def _frames(every: Sequence[AwbStats], power: float) -> Frames:
     weights = density_weights(np.array([stats.truth for stats in every])) ** power
     return Frames(every, [float(weight) for weight in weights / weights.mean()])
-
-
-Set = Real | Synthetic | Mixed
 
 
 def load(settings: Train) -> tuple[Set, Set]:

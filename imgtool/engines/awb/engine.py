@@ -26,6 +26,7 @@ ENGINE: Engine = Engine(
     scale=1,
     weights="awb-hist",
     baseline=apply.baseline,
+    describe=later(f"{_HERE}.data", "describe"),
     campaign=later(f"{_HERE}.campaign", "run"),
     wants_campaign=later(f"{_HERE}.campaign", "wanted"),
     table="gains.csv",
