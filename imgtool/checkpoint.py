@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
@@ -68,6 +69,18 @@ def save_weights(
         **about,
     }
     write(path, serialise(tensors, metadata={"imgtool": json.dumps(told)}))
+
+
+def relabel(path: Path, about: Mapping[str, Any]) -> None:
+    """Lay ``about`` over what a weights file of ours says of itself; the parameters stay as they are.
+
+    Raises:
+        ImgtoolError: As ``files.write``.
+    """
+    with safe_open(path, "pt") as opened:
+        header = json.loads((opened.metadata() or {})["imgtool"])
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    write(path, serialise(tensors, metadata={"imgtool": json.dumps(header | dict(about))}))
 
 
 def ship(source: Path, target: Path, engine: Engine, about: Mapping[str, Any]) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from imgtool import compute
@@ -12,6 +13,9 @@ from imgtool.settings import Data
 
 if TYPE_CHECKING:
     from imgtool.console import Console
+
+WIDEST = 60
+"""Letters of a list that stays on one line."""
 
 
 def plan(engine: Engine, action: str, settings: Data) -> Mapping[str, object]:
@@ -35,7 +39,29 @@ def run(engine: Engine, action: str, settings: Data, console: Console) -> int:
 
         record = engine.actions[action](settings, Watch(done, console.say))
     faults = record.get("faults")
-    lines = [f"{name}: {value}" for name, value in record.items() if name != "faults"]
+    lines = list(_lines({name: value for name, value in record.items() if name != "faults"}))
     lines += [f"fault: {fault}" for fault in faults] if isinstance(faults, list) else []
     console.result(record, "\n".join(lines))
     return FAILED if faults else DONE
+
+
+def _lines(record: Mapping[str, object], indent: str = "") -> Iterator[str]:
+    """Yield a record for people: a line for each value, what is within another indented."""
+    for name, value in record.items():
+        if isinstance(value, Mapping) and value:
+            yield f"{indent}{name}:"
+            yield from _lines(value, indent + "  ")
+        elif isinstance(value, list | tuple):
+            words = [_word(each) for each in value]
+            long = len(", ".join(words)) > WIDEST
+            yield f"{indent}{name}:" if long else f"{indent}{name}: {', '.join(words) or 'none'}"
+            yield from (f"{indent}  {word}" for word in words if long)
+        else:
+            yield f"{indent}{name}: {_word(value)}"
+
+
+def _word(value: object) -> str:
+    """Return a value in a word, numbers with four digits or all before the point."""
+    if isinstance(value, float):
+        return f"{value:.0f}" if 1000 <= abs(value) < math.inf else f"{value:.4g}"
+    return "none" if value is None or value == {} else str(value)

@@ -123,6 +123,7 @@ class Watch:
         name: The photo's path below the folder that it was found in.
         source: The file, or its content where it came through standard input.
         place: Path whose folder and stem the files beside take; None where there are none.
+        beside: Suffix to path of the files beside that are wanted; None where all are, named by ``place``.
         picture: Whether the picture is wanted, and not only the facts.
         before: Whether the picture before is wanted too.
     """
@@ -132,6 +133,7 @@ class Watch:
     name: str = ""
     source: Path | bytes | None = None
     place: Path | None = None
+    beside: Mapping[str, Path] | None = None
     picture: bool = True
     before: bool = False
 
@@ -274,11 +276,14 @@ class Engine:
         prepare: ``(weights file, settings) -> net``, for an engine that needs no torch to infer: what it
             returns is handed to ``apply``. Without it, that is the torch network.
         uses_weights: Whether the settings of ``infer`` need weights; asked only where there is ``prepare``.
-        open: ``(file or its content, name, settings) -> photo``, for an engine that reads its inputs
+        open: ``(file or its content, name, settings, net) -> photo``, for an engine that reads its inputs
             itself; what it returns is handed to ``apply``. Without it, that is an ``images.Photo``.
         picture: Whether a picture is the result. Where not, one is written only where -o names it.
         sheets: How the stems of pictures among ``Result.files`` end, such as "-methods": they are not
             taken for inputs.
+        drawn: Tells pictures that the engine's data actions draw: found in folders, they are no inputs.
+        unfit: ``(suffix, file) -> words``: why a file beside makes no sense for an input, "" where it does.
+            Of several inputs, such a one goes without it.
     """
 
     name: str
@@ -310,6 +315,8 @@ class Engine:
     wants_campaign: Callable[[Any], bool] = lambda settings: False
     prepare: Callable[[Path, Any], object] | None = None
     uses_weights: Callable[[Any], bool] = lambda settings: True
-    open: Callable[[Path | bytes, str, Any], object] | None = None
+    open: Callable[[Path | bytes, str, Any, Any], object] | None = None
     picture: bool = True
     sheets: tuple[str, ...] = ()
+    drawn: Callable[[Path], bool] = lambda path: False
+    unfit: Callable[[str, Path], str] = lambda suffix, path: ""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -48,7 +49,7 @@ def _listed(engine: Engine, settings: Infer) -> list[Job]:
     """Return every input and where its output goes."""
     pictures = engine.picture or settings.out is not None
     endings = engine.sheets if engine.picture else (*engine.sheets, *files.SHEETS)
-    items = files.expand(settings.inputs, files.READABLE, engine.name, endings)
+    items = _without_drawn(files.expand(settings.inputs, files.READABLE, engine.name, endings), engine)
     if pictures:
         targets = files.outputs(
             items, engine.name, settings.out, lambda item: settings.format or files.extension(item.source)
@@ -64,6 +65,27 @@ def _listed(engine: Engine, settings: Infer) -> list[Job]:
     for job in jobs if pictures else ():
         _check_form(_form(settings, job), job.target)
     return jobs
+
+
+def _without_drawn(items: list[files.Item], engine: Engine) -> list[files.Item]:
+    """Leave out pictures found in folders that imgtool drew of data sets, or beside photos by whole name.
+
+    Raises:
+        ImgtoolError: Code 2: nothing is left.
+    """
+    found = {item.source for item in items}
+
+    def own(item: files.Item) -> bool:
+        path = item.source
+        if path is None or not item.folder:
+            return False
+        ends = (ending for ending in engine.sheets if path.stem.endswith(ending))
+        return engine.drawn(path) or any(path.with_name(path.stem.removesuffix(end)) in found for end in ends)
+
+    kept = [item for item in items if not own(item)]
+    if not kept:
+        raise ImgtoolError("no photo is there but pictures that imgtool drew", "give other inputs", USAGE)
+    return kept
 
 
 def _form(settings: Infer, job: Job) -> str:
@@ -97,7 +119,13 @@ def plan(engine: Engine, settings: Infer) -> Mapping[str, object]:
         about |= {"weights": path.stem, "parameters": sum(array.size for array in state.values())}
     jobs = _listed(engine, settings)
     engine.check(settings)
-    outcomes = [f"{job.item.name} -> {job.target or ('-' if job.stream else 'facts')}" for job in jobs]
+    places = Places(engine, settings, jobs)
+    places.check()
+    outcomes = []
+    for job in jobs:
+        others = [str(path) for path in places.written(job) if path != job.target]
+        made = str(job.target) if job.target else "-" if job.stream else "facts"
+        outcomes.append(f"{job.item.name} -> {', '.join([made, *others])}")
     return about | {"outputs": outcomes}
 
 
@@ -118,8 +146,9 @@ def run(engine: Engine, settings: Infer, console: Console) -> int:
     for path in (page, settings.zip):
         if path:
             files.check_new(path, settings.force or settings.skip_existing)
-    batch = Batch(engine, settings, console, _weights(engine, settings), jobs)
-    batch.check_places()
+    places = Places(engine, settings, jobs)
+    batch = Batch(engine, settings, console, _weights(engine, settings), jobs, places)
+    places.check()
     batch.open_table()
     batch.load()
     try:
@@ -144,30 +173,51 @@ def _check_stream(jobs: list[Job], console: Console) -> None:
         )
 
 
-@dataclass
-class Batch:
-    """The work on a list of inputs: one network, what was made, and what failed."""
+class Places:
+    """Every file that a batch will write.
 
-    engine: Engine
-    settings: Infer
-    console: Console
-    weights: Path | None
-    jobs: list[Job]
-    net: Any = None
-    folder: Path | None = None
-    names: Mapping[Path, str] = field(default_factory=dict)
-    table: outputs.Table | None = None
-    failures: list[tuple[str, ImgtoolError]] = field(default_factory=list)
-    entries: list[report.Entry] = field(default_factory=list)
-    made: list[Path] = field(default_factory=list)
-    _stream: bytes = b""
+    A file beside an output takes the output's stem and a suffix. Where several would fall on each other,
+    as for RAW and JPEG of one stem, each takes the whole name: ``x.CRW.awb.json``.
 
-    @property
-    def model(self) -> str | None:
-        """Name of the weights, None where there are none."""
-        return self.weights.stem if self.weights else None
+    Attributes:
+        beside: Of each input, suffix to path of the files beside.
+        unfit: Of each input, suffix to the reason why it goes without that file.
+    """
 
-    def check_places(self) -> None:
+    def __init__(self, engine: Engine, settings: Infer, jobs: Sequence[Job]) -> None:
+        """Name the files."""
+        self.settings, self.jobs, self.suffixes = settings, jobs, engine.beside(settings)
+        self.unfit: dict[Job, dict[str, str]] = {job: {} for job in jobs}
+        for job in jobs if len(jobs) > 1 else ():
+            reasons = {
+                suffix: engine.unfit(suffix, job.item.source) for suffix in self.suffixes if job.item.source
+            }
+            self.unfit[job] = {suffix: reason for suffix, reason in reasons.items() if reason}
+        plain = {job: self._named(job) for job in jobs}
+        count = Counter(path for paths in plain.values() for path in paths.values())
+        self.beside = {
+            job: {
+                suffix: path if count[path] == 1 or job.place is None else Path(f"{job.place}{suffix}")
+                for suffix, path in paths.items()
+            }
+            for job, paths in plain.items()
+        }
+
+    def _named(self, job: Job) -> dict[str, Path]:
+        if job.place is None:
+            return {}
+        wanted = [suffix for suffix in self.suffixes if suffix not in self.unfit[job]]
+        return {suffix: outputs.beside(job.place, suffix) for suffix in wanted}
+
+    def written(self, job: Job) -> list[Path]:
+        """Return every file that an input's work will write."""
+        if job.place is None:
+            return []
+        found = [*([job.target] if job.target else []), *self.beside[job].values()]
+        found += [outputs.compared(job.place)] * self.settings.compare
+        return [*found, *[outputs.paired(job.place)] * self.settings.side_by_side]
+
+    def check(self) -> None:
         """Refuse, before anything is computed, files that would fall on each other.
 
         Raises:
@@ -177,17 +227,17 @@ class Batch:
         sources = {job.item.source.resolve() for job in self.jobs if job.item.source}
         taken: dict[Path, str] = {}
         for job in self.jobs:
-            if job.place is None and self.engine.beside(self.settings):
+            if job.place is None and self.suffixes:
                 raise ImgtoolError(
                     "files beside the output need an output that is a file", "give -o FILE", USAGE
                 )
-            for path in self._written(job):
+            for path in self.written(job):
                 real = path.resolve()
                 if real in sources:
                     raise ImgtoolError(f"{path}, an input, would be overwritten", "run them apart", USAGE)
                 if real in taken:
                     what = f"{taken[real]} and {job.item.name} would both write {path}"
-                    raise ImgtoolError(what, "run them apart into different folders", USAGE)
+                    raise ImgtoolError(what, "rename one, or run them apart into different folders", USAGE)
                 taken[real] = job.item.name
         self._check_archive(sources, taken)
 
@@ -197,6 +247,31 @@ class Batch:
             raise ImgtoolError(f"--zip {archive} is a photo of the batch", "name another file", USAGE)
         if archive and not taken:
             raise ImgtoolError("--zip: no file is written that it could hold", "give -o DIR too", USAGE)
+
+
+@dataclass
+class Batch:
+    """The work on a list of inputs: one network, what was made, and what failed."""
+
+    engine: Engine
+    settings: Infer
+    console: Console
+    weights: Path | None
+    jobs: list[Job]
+    places: Places
+    net: Any = None
+    folder: Path | None = None
+    names: Mapping[Path, str] = field(default_factory=dict)
+    table: outputs.Table | None = None
+    failures: list[tuple[str, ImgtoolError]] = field(default_factory=list)
+    entries: list[report.Entry] = field(default_factory=list)
+    made: list[Job] = field(default_factory=list)
+    _stream: bytes = b""
+
+    @property
+    def model(self) -> str | None:
+        """Name of the weights, None where there are none."""
+        return self.weights.stem if self.weights else None
 
     def open_table(self) -> None:
         """Name the outputs within their folder, and begin or go on with the engine's table.
@@ -264,14 +339,14 @@ class Batch:
             return False
         if job.target:
             return job.target.exists()
-        written = [] if job.stream else self._written(job)
+        written = [] if job.stream else self.places.written(job)
         return bool(written) and all(path.exists() for path in written)
 
     def _each(self, job: Job, bar: Bar, known: list[object]) -> None:
         """Process one input and say how it went."""
         try:
             if job.place and self._is_done(job):
-                self._left_out(job, job.place)
+                self._left_out(job, job.place, bar, known)
             else:
                 self._one(job, bar, known)
         except ImgtoolError as fault:
@@ -279,7 +354,7 @@ class Batch:
         except MemoryError:
             self._failed(job.item, ImgtoolError("out of memory", "close other programs, or shrink the photo"))
 
-    def _left_out(self, job: Job, place: Path) -> None:
+    def _left_out(self, job: Job, place: Path, bar: Bar, known: list[object]) -> None:
         """Say that an output is there already; the page shows it as if it were made now."""
         item, target = job.item, job.target
         self.console.result({"input": item.name, "output": target and str(target), "skipped": True})
@@ -287,13 +362,26 @@ class Batch:
         note = f", without a row in {self.engine.table}" if rowless else ""
         there = f"{target} exists" if target else "its files exist"
         self.console.say(f"{item.name}: {there}, left out{note}")
-        self.made.append(place)
-        if self.settings.report and item.source and target and not self.engine.open:
-            from imgtool import images
+        self.made.append(job)
+        if self.settings.report and item.source and (target or self.engine.open):
+            self._shown_again(job, bar, known)
 
-            before, after = images.read(item.source), images.read(target)
-            facts = {"left out": "it was there already"}
-            self.entries.append(report.entry(item.name, before.pixels, after.pixels, facts))
+    def _shown_again(self, job: Job, bar: Bar, known: list[object]) -> None:
+        """Show on the page an output that was there already.
+
+        What lies before the output of an engine that reads its inputs itself, it alone can tell.
+        """
+        from imgtool import images
+
+        before, facts = self._opened(job.item), {"left out": "it was there already"}
+        after = images.read(job.target).pixels if job.target else None
+        if self.engine.open:
+            watch = replace(self._watch(job, bar), say=lambda text: None)
+            result = self.engine.apply(self.net, before, self.settings, watch, *known)
+            before, after = result.before or before, result.image if after is None else after
+        if after is not None:
+            icc = before.icc or b""
+            self.entries.append(report.entry(job.item.name, before.pixels, after, facts, icc=icc))
 
     def _failed(self, item: files.Item, fault: ImgtoolError) -> None:
         self.failures.append((item.name, fault))
@@ -305,7 +393,7 @@ class Batch:
     def _opened(self, item: files.Item) -> Any:
         """Read an input, as the engine does where it does it itself."""
         if self.engine.open:
-            return self.engine.open(self._source(item), item.name, self.settings)
+            return self.engine.open(self._source(item), item.name, self.settings, self.net)
         from imgtool import images
 
         return images.read(self._source(item), item.name)
@@ -321,10 +409,13 @@ class Batch:
         shown = bool(settings.compare or settings.side_by_side or settings.report)
         return Watch(
             lambda done, total: bar.update(f"tile {done}/{total}") if total > 1 else None,
-            self.console.say,
+            self.console.say
+            if len(self.jobs) == 1
+            else lambda text: self.console.say(f"{job.item.name}: {text}"),
             str(job.item.relative),
             self._source(job.item),
             job.place,
+            self.places.beside[job],
             picture=bool(job.target or job.stream or shown),
             before=shown,
         )
@@ -332,8 +423,10 @@ class Batch:
     def _one(self, job: Job, bar: Bar, known: list[object]) -> None:
         # A row without its output was interrupted between the two: what lies beside is ours.
         again = self.table is not None and job.place is not None and self.names[job.place] in self.table.rows
-        for path in self._written(job):
+        for path in self.places.written(job):
             files.check_new(path, self.settings.force or (again and path != job.target))
+        for suffix, reason in self.places.unfit[job].items():
+            self.console.say(f"{job.item.name}: no {suffix} is written: {reason}")
         began = time.monotonic()
         opened = self._opened(job.item)
         result = self.engine.apply(self.net, opened, self.settings, self._watch(job, bar), *known)
@@ -357,15 +450,6 @@ class Batch:
         self._picture(job, photo, result)
         self.console.result(record, _line(record, result))
 
-    def _written(self, job: Job) -> list[Path]:
-        """Return every file that an input's work will write."""
-        if job.place is None:
-            return []
-        found = [job.target] if job.target else []
-        found += [outputs.beside(job.place, suffix) for suffix in self.engine.beside(self.settings)]
-        found += [outputs.compared(job.place)] * self.settings.compare
-        return [*found, *[outputs.paired(job.place)] * self.settings.side_by_side]
-
     def _put(self, photo: Photo, result: Result, job: Job) -> bool:
         """Write what was made of a photo; return whether it was left as it is."""
         untouched, data = self._encoded(photo, result, job) if job.target or job.stream else (False, b"")
@@ -373,11 +457,12 @@ class Batch:
             self.console.binary(data)
         if job.place is None:
             return untouched
-        for suffix, content in result.files.items():
-            files.write(outputs.beside(job.place, suffix), content)
+        for suffix, path in self.places.beside[job].items():
+            if suffix in result.files:
+                files.write(path, result.files[suffix])
         if job.target:
             files.write(job.target, data)
-        self.made.append(job.place)
+        self.made.append(job)
         return untouched
 
     def _encoded(self, photo: Photo, result: Result, job: Job) -> tuple[bool, bytes]:
@@ -422,9 +507,8 @@ class Batch:
         """Write the archive of every output that is there, with what lies beside it."""
         members: dict[str, Path] = {}
         inputs = {job.item.source for job in self.jobs}
-        for place in self.made:
-            suffixes = self.engine.beside(self.settings)
-            beside = [outputs.beside(place, suffix) for suffix in suffixes]
+        for job in self.made:
+            place, beside = job.place or Path(), self.places.beside[job].values()
             for each in beside if place in inputs else [place, *beside]:
                 name = Path("outputs", self.names[place]).with_name(each.name)
                 members |= {name.as_posix(): each} if each.exists() else {}

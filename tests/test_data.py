@@ -49,6 +49,20 @@ def test_faults_decide_the_exit_code(
         assert out == "pairs: 3\nmean: nan\n" + "".join(f"fault: {each}\n" for each in faults)
 
 
+def test_people_read_short_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    floors = {"count": 30, "mean": 1.23456789012345}
+    record = {
+        "frames": 12345, "gain": {"red": {"5": 1.0, "50": 1234.5678}, "blue": {}}, "floors": floors,
+        "none": None, "plots": ["a.png", "b.png"], "long": 2 * ["a" * 40], "far": float("inf"),
+    }  # fmt: skip
+    assert data.run(engine_with(record), "check", SETTINGS, Console()) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "frames: 12345", "gain:", "  red:", "    5: 1", "    50: 1235", "  blue: none",
+        "floors:", "  count: 30", "  mean: 1.235", "none: none", "plots: a.png, b.png",
+        "long:", "  " + "a" * 40, "  " + "a" * 40, "far: inf",
+    ]  # fmt: skip
+
+
 def test_progress_ends_at_100_percent(monkeypatch: pytest.MonkeyPatch) -> None:
     advanced: list[float] = []
     monkeypatch.setattr(Bar, "advance", lambda self, n=1, **_: advanced.append(n))

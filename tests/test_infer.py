@@ -1007,7 +1007,7 @@ def camera_exif() -> bytes:
     return exif.tobytes().removeprefix(b"Exif\0\0")
 
 
-def level_of(source: Path | bytes, name: str, settings: Any) -> float:
+def level_of(source: Path | bytes, name: str, settings: Any, net: Any) -> float:
     data = source if isinstance(source, bytes) else source.read_bytes()
     if not data:
         raise ImgtoolError(f"{name} is empty", "fill it")
@@ -1106,7 +1106,7 @@ def test_sheets_without_an_output_lie_beside_the_input_and_are_no_inputs(measure
 @pytest.mark.parametrize(
     ("words", "what"),
     [
-        ("a.png a.jpg", "would both write a-levels.png"),
+        ("a.png a.jpg --compare", "would both write a-compare.png"),
         ("a.png a-levels.png --force", "an input, would be overwritten"),
         ("-", "files beside the output need an output that is a file"),
         ("a.png --zip a.png --force", "is a photo of the batch"),

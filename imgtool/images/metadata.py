@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
 from xml.etree import ElementTree
+from xml.parsers import expat
 from xml.sax.saxutils import quoteattr
 
 ORIENTATION, EXIF_IFD, GPS_IFD, INTEROP_IFD = 0x0112, 0x8769, 0x8825, 0xA005
@@ -49,8 +50,9 @@ AUX = ("http://ns.adobe.com/exif/1.0/aux/", "aux")
 """Adobe's namespace of lens and camera properties, and its usual prefix."""
 
 _RDF = "http://www.w3.org/1999/02/22-rdf-syntax-ns#"
-_RDF_END = re.compile(rb"</(?:[\w.-]+:)?RDF\s*>")
-_BOM = b"\xef\xbb\xbf"
+_ATTRIBUTE = re.compile(rb"\s+([^\s=<>/]+)\s*=\s*(?:\"[^\"]*\"|'[^']*')")
+_TAG = re.compile(rb"<[^\s<>/]+(?:" + _ATTRIBUTE.pattern + rb")*\s*/?>")
+_BOM, _AROUND = b"\xef\xbb\xbf", b"\0 \t\r\n"
 _PACKET = (
     b'<?xpacket begin="' + _BOM + b'" id="W5M0MpCehiHzreSzNTczkc9d"?>'
     b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="' + _RDF.encode() + b'">'
@@ -215,7 +217,7 @@ def _xmp_tree(xmp: bytes) -> ElementTree.Element | None:
     if b"<!" in xmp.replace(b"<!--", b"").replace(b"<![CDATA[", b"") or b"\0" in xmp.strip(b"\0"):
         return None
     try:
-        return ElementTree.fromstring(xmp.strip(b"\0 \t\r\n").removeprefix(_BOM))
+        return ElementTree.fromstring(xmp.strip(_AROUND).removeprefix(_BOM))
     except (ElementTree.ParseError, ValueError, LookupError):
         return None
 
@@ -230,11 +232,71 @@ def xmp_property(xmp: bytes | None, namespace: str, name: str) -> str | None:
     """
     tree = _xmp_tree(xmp) if xmp else None
     wanted = f"{{{namespace}}}{name}"
-    for description in () if tree is None else tree.iter(f"{{{_RDF}}}Description"):
-        found = description.get(wanted, description.findtext(wanted))
-        if found is not None:
-            return found.strip()
+    for rdf in () if tree is None else tree.iter(f"{{{_RDF}}}RDF"):
+        for description in rdf.findall(f"{{{_RDF}}}Description"):
+            found = description.get(wanted, description.findtext(wanted))
+            if found is not None:
+                return found.strip()
     return None
+
+
+class _Description(NamedTuple):
+    """A description of the photo in an XMP packet.
+
+    Attributes:
+        start: Offset of its start tag in bytes.
+        tag: The start tag.
+        prefixes: Of the namespaces that hold in it, to the namespace.
+        about: What it is about, "" for the photo itself.
+        elements: Of each property that is an element: namespace}name, offsets of start and end.
+    """
+
+    start: int
+    tag: bytes
+    prefixes: Mapping[str, str]
+    about: str
+    elements: list[tuple[str, int, int]]
+
+
+class _Outline:
+    """Where in an XMP packet its descriptions are.
+
+    Attributes:
+        descriptions: All right below rdf:RDF; not those within properties.
+        end: Offset of the end tag of rdf:RDF, -1 where it has none.
+        prefixes: Of the namespaces that hold there.
+    """
+
+    def __init__(self, packet: bytes) -> None:
+        self.descriptions: list[_Description] = []
+        self.end, self.prefixes = -1, dict[str, str]()
+        self._packet, self._open, self._scope = packet, list[tuple[str, int]](), list[tuple[str, str]]()
+        self._parser = parser = expat.ParserCreate(namespace_separator="}")
+        parser.StartNamespaceDeclHandler = lambda prefix, uri: self._scope.append((prefix or "", uri or ""))
+        parser.EndNamespaceDeclHandler = lambda prefix: self._scope.pop()
+        parser.StartElementHandler, parser.EndElementHandler = self._start, self._stop
+        parser.Parse(packet, True)
+
+    def _start(self, name: str, attributes: dict[str, str]) -> None:
+        place = self._parser.CurrentByteIndex
+        if name == f"{_RDF}}}Description" and self._open and self._open[-1][0] == f"{_RDF}}}RDF":
+            about = attributes.get(f"{_RDF}}}about", "")
+            found = _Description(place, self._tag(place), dict(self._scope), about, [])
+            self.descriptions.append(found)
+        self._open.append((name, place))
+
+    def _stop(self, name: str) -> None:
+        end, (_, start) = self._parser.CurrentByteIndex, self._open.pop()
+        tag = self._tag(start)
+        if name == f"{_RDF}}}RDF" and not tag.endswith(b"/>"):
+            self.end, self.prefixes = end, dict(self._scope)
+        if [opened for opened, _ in self._open[-2:]] == [f"{_RDF}}}RDF", f"{_RDF}}}Description"]:
+            end = start + len(tag) if tag.endswith(b"/>") else self._packet.index(b">", end) + 1
+            self.descriptions[-1].elements.append((name, start, end))
+
+    def _tag(self, start: int) -> bytes:
+        match = _TAG.match(self._packet, start)
+        return match[0] if match else b""
 
 
 def with_xmp_properties(
@@ -242,27 +304,55 @@ def with_xmp_properties(
 ) -> bytes:
     """State simple properties in an XMP packet (ISO 16684-1), without touching the rest of it.
 
+    They are added to the first description that knows their namespace, else to a new one.
+
     Args:
         xmp: The packet, or None to make one. One that is no XML in UTF-8, or holds no RDF, comes back
             as it is.
         namespace: Of the properties, such as ``AUX[0]``.
-        prefix: For the namespace, such as ``AUX[1]``.
+        prefix: For the namespace, such as ``AUX[1]``, where the packet has none for it.
         properties: Name to value; an older value is replaced.
     """
     packet = xmp or _PACKET
-    if _xmp_tree(packet) is None or not _RDF_END.search(packet):
+    if _xmp_tree(packet) is None:
         return packet
-    for bound in set(
-        re.findall(rb"xmlns:([\w.-]+)\s*=\s*[\"']" + re.escape(namespace.encode()) + rb"[\"']", packet)
-    ):
-        for name in properties:
-            word = re.escape(bound + b":" + name.encode())
-            packet = re.sub(rb"\s" + word + rb"\s*=\s*(\"[^\"]*\"|'[^']*')", b"", packet)
-            packet = re.sub(rb"<" + word + rb"(\s[^<>]*)?(/>|>[^<]*</" + word + rb"\s*>)", b"", packet)
-    told = "".join(f" {prefix}:{name}={quoteattr(value)}" for name, value in properties.items())
-    added = f'<r:Description xmlns:r="{_RDF}" r:about="" xmlns:{prefix}="{namespace}"{told}/>'.encode()
-    end = [match.start() for match in _RDF_END.finditer(packet)][-1]
-    return packet[:end] + added + packet[end:]
+    body = packet.strip(_AROUND).removeprefix(_BOM)
+    lead, outline = packet.index(body), _Outline(body)
+    if outline.end < 0:
+        return packet
+    for start, end, text in sorted(_edits(outline, namespace, prefix, properties), reverse=True):
+        packet = packet[: lead + start] + text + packet[lead + end :]
+    return packet
+
+
+def _edits(
+    outline: _Outline, namespace: str, prefix: str, properties: Mapping[str, str]
+) -> Iterator[tuple[int, int, bytes]]:
+    """Yield start, end and what to put there instead, to state properties once and nothing older."""
+    stated, wanted = False, {f"{namespace}}}{name}" for name in properties}
+    for description in outline.descriptions:
+        bound = [short for short, uri in description.prefixes.items() if uri == namespace and short]
+        older = {f"{short}:{name}".encode() for short in bound for name in properties}
+        tag = description.tag
+        for match in reversed([match for match in _ATTRIBUTE.finditer(tag) if match[1] in older]):
+            tag = tag[: match.start()] + tag[match.end() :]
+        if bound and not stated:
+            place = len(tag) - (2 if tag.endswith(b"/>") else 1)
+            tag = tag[:place].rstrip() + _attributes(bound[0], properties) + tag[place:]
+            stated = True
+        yield description.start, description.start + len(description.tag), tag
+        for name, start, end in description.elements:
+            if name in wanted:
+                yield start, end, b""
+    if not stated:
+        rdf = "" if outline.prefixes.get("rdf") == _RDF else f' xmlns:rdf="{_RDF}"'
+        about = quoteattr(outline.descriptions[0].about if outline.descriptions else "")
+        head = f'<rdf:Description{rdf} rdf:about={about} xmlns:{prefix}="{namespace}"'.encode()
+        yield outline.end, outline.end, head + _attributes(prefix, properties) + b"/>"
+
+
+def _attributes(prefix: str, properties: Mapping[str, str]) -> bytes:
+    return "".join(f" {prefix}:{name}={quoteattr(value)}" for name, value in properties.items()).encode()
 
 
 def into_tiff(tiff: bytes, exif: bytes | None, icc: bytes | None, xmp: bytes | None) -> bytes:

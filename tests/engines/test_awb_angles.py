@@ -8,8 +8,28 @@ import numpy as np
 import pytest
 
 from imgtool.engines.awb import angles, temperature
+from imgtool.engines.awb.camera import Camera
 
 MATRIX = np.array([[0.6, -0.1, -0.08], [-0.4, 1.2, 0.2], [-0.05, 0.15, 0.6]])
+WARM = np.array([[0.75, -0.15, -0.1], [-0.35, 1.15, 0.25], [0.0, 0.05, 0.5]])
+PLAIN = Camera("one", xyz_to_camera=MATRIX)
+DUAL = Camera("two", xyz_to_camera=MATRIX, matrices=((2850.0, WARM), (6500.0, MATRIX)))
+STANDARD = [
+    ("A", 0.44758, 0.40745, 2856, 0.0),
+    ("D50", 0.34567, 0.35851, 5003, 0.0032),
+    ("D65", 0.31272, 0.32903, 6504, 0.0032),
+    ("D75", 0.29902, 0.31485, 7504, 0.0032),
+    ("E", 1 / 3, 1 / 3, 5455, -0.0044),
+    ("F11", 0.38052, 0.37713, 4000, 0.0002),
+    ("C", 0.31006, 0.31616, 6774, -0.0022),
+]
+"""Illuminants: CIE 1931 x and y, correlated colour temperature, Duv."""
+
+
+def seen(matrix: np.ndarray, x: float, y: float) -> tuple[float, float]:
+    """White points: R/G and B/G of a light of these chromaticities."""
+    red, green, blue = matrix @ np.array([x, y, 1 - x - y])
+    return red / green, blue / green
 
 
 def test_recovery_is_the_angle_between_two_colours() -> None:
@@ -78,52 +98,57 @@ def test_one_error_has_a_summary() -> None:
     assert found["mean_ci"] == [2.5, 2.5]
 
 
-@pytest.mark.parametrize(
-    ("name", "x", "y", "ct", "duv"),
-    [
-        ("A", 0.44758, 0.40745, 2856, 0.0),
-        ("D50", 0.34567, 0.35851, 5003, 0.0032),
-        ("D65", 0.31272, 0.32903, 6504, 0.0032),
-        ("D75", 0.29902, 0.31485, 7504, 0.0032),
-        ("E", 1 / 3, 1 / 3, 5455, -0.0044),
-        ("F11", 0.38052, 0.37713, 4000, 0.0002),
-        ("C", 0.31006, 0.31616, 6774, -0.0022),
-    ],
-)
+@pytest.mark.parametrize(("name", "x", "y", "ct", "duv"), STANDARD)
 def test_standard_illuminants_have_their_published_temperature(
     name: str, x: float, y: float, ct: float, duv: float
 ) -> None:
-    found = temperature.of_xy(x, y)
-    assert found.ct == pytest.approx(ct, abs=4), name
-    assert found.duv == pytest.approx(duv, abs=2.5e-4)
-    assert found.tint == pytest.approx(3000 * duv, abs=0.8)
+    share = float(np.clip((1e6 / ct - 1e6 / 6500) / (1e6 / 2850 - 1e6 / 6500), 0, 1))
+    between = share * WARM + (1 - share) * MATRIX  # linear in mired, and no farther than the two lights
+    for found in (
+        temperature.of_xy(x, y),
+        temperature.of_white(*seen(MATRIX, x, y), PLAIN),
+        temperature.of_white(*seen(between, x, y), DUAL),
+    ):
+        assert found is not None, name
+        assert found.ct == pytest.approx(ct, abs=4), name
+        assert found.duv == pytest.approx(duv, abs=2.5e-4)
+        assert found.tint == pytest.approx(3000 * duv, abs=0.8)
 
 
-@pytest.mark.parametrize("ct", [1800, 2856, 4321, 6504, 15000])
-@pytest.mark.parametrize("tint", [-60, 0, 35])
-def test_the_white_of_a_light_has_that_light(ct: float, tint: float) -> None:
-    r, b = temperature.white_of(ct, tint, MATRIX)
-    found = temperature.of_white(r, b, MATRIX)
-    assert found is not None
-    assert found.ct == pytest.approx(ct, rel=1e-5)
-    assert found.tint == pytest.approx(tint, abs=1e-3)
+def test_the_warm_matrix_matters_in_warm_light() -> None:
+    r, b = seen(WARM, *STANDARD[0][1:3])
+    plain = temperature.of_white(r, b, PLAIN)
+    assert plain is not None
+    assert abs(plain.ct - 2856) > 150
+
+
+def test_matrices_that_call_for_each_other_have_a_light_all_the_same() -> None:
+    # Under the matrix for lamps this white is daylight, under that for daylight it is a lamp's.
+    swap = Camera("c", matrices=((2850.0, np.diag([0.5, 1, 2.0]) @ MATRIX), (6500.0, MATRIX)))
+    for ct, matrix in swap.matrices:
+        for _, x, y, _, _ in STANDARD:
+            found = temperature.of_white(*seen(matrix, x, y), swap)
+            assert found is None or np.isfinite(found).all(), ct
 
 
 def test_greener_light_has_a_larger_tint_and_duv() -> None:
-    r, b = temperature.white_of(5000, 0, MATRIX)
-    found = temperature.of_white(r * 0.95, b * 0.95, MATRIX)
+    r, b = seen(MATRIX, 0.34567, 0.35851)
+    found = temperature.of_white(r * 0.95, b * 0.95, PLAIN)
     assert found is not None
-    assert found.tint > 5
-    assert found.duv > 0
+    assert found.tint > 15
+    assert found.duv > 0.005
 
 
 def test_a_matrix_is_needed_that_sees_a_light() -> None:
-    assert temperature.of_white(0.5, 0.6, None) is None
-    assert temperature.of_white(0.5, 0.6, np.zeros((3, 3))) is None
-    assert temperature.of_white(0.5, 0.6, -MATRIX) is None
+    for matrix in (None, np.zeros((3, 3)), -MATRIX):
+        assert temperature.of_white(0.5, 0.6, Camera("c", xyz_to_camera=matrix)) is None
+    opposed = ((2850.0, -MATRIX), (6500.0, MATRIX))  # somewhere between them there is nothing
+    found = temperature.of_white(0.5, 0.6, Camera("c", matrices=opposed))
+    assert found is None or np.isfinite(found).all()
 
 
 def test_colours_far_off_still_have_a_number() -> None:
     for r, b in ((16, 1 / 16), (1 / 16, 16), (1 / 16, 1 / 16), (16, 16)):
-        found = temperature.of_white(r, b, MATRIX)
-        assert found is None or np.isfinite(found).all()
+        for camera in (PLAIN, DUAL):
+            found = temperature.of_white(r, b, camera)
+            assert found is None or np.isfinite(found).all()

@@ -126,6 +126,9 @@ def test_every_frame_is_measured_once_by_weights_that_never_saw_its_group(
     learnt, _ = data.divided(frames, crew.asked["all"])
     assert len(learnt) == len(frames)
     assert record["weights"] == str(tmp_path / "all" / "best.safetensors")
+    told = checkpoint.read_weights(Path(record["weights"]), "awb").header
+    assert told["scores"]["recovery"] == record["recovery"]["mean"]
+    assert told["crossvalidation"] == "3 folds by photographer"
 
 
 def test_errors_are_those_of_the_estimates_written(frames: list[AwbStats], tmp_path: Path) -> None:

@@ -188,7 +188,7 @@ def test_an_unsure_network_gives_way_and_says_so(infer: Run, monkeypatch: pytest
     assert done.facts["confidence"] == 0.1
     assert "confidence 0.10 is below 0.2; grey-world answers" in done.err
     told = infer("a.png", "--method", "net", "--fallback", "grey-world").out
-    assert "(grey-world for net, confidence 0.10)" in told
+    assert "(grey-world, net unsure, 0.10)" in told
     facts = infer("a.png", "--json", "--method", "net", "--fallback", "none").facts
     assert (facts["red_gain"], facts["fallback"]) == (pytest.approx(1 / 0.6), None)
     facts = infer("a.png", "--json", "--method", "net", "--sure", "0.05").facts
@@ -242,6 +242,14 @@ def test_a_frame_with_nothing_to_measure_is_one_error(
         assert "--white" in done.lines[0]["hint"] or "--black" in done.lines[0]["hint"]
 
 
+def test_a_frame_of_one_colour_is_not_called_black(infer: Run) -> None:
+    values = np.zeros((48, 72, 3), np.uint16)
+    values[..., 2] = 30000  # OpenCV's red
+    cv2.imwrite("a.png", values)
+    done = infer("a.png", "--json")
+    assert (done.code, "a.png has no cell with all three colours" in done.lines[0]["error"]) == (1, True)
+
+
 def test_standard_input(infer: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     data = put_frame("a.png").read_bytes()
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(data)))
@@ -252,10 +260,32 @@ def test_standard_input(infer: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "red 2.00" in done.err
 
 
-def test_asked_wrongly(infer: Run) -> None:
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        ("--export json,yaml", "--export yaml: unknown"),
+        ("--mask lower", "--mask lower is not understood"),
+        ("--mask 1,2,3,0", "--mask 1,2,3,0 is not understood"),
+        ("--ct-range 5000", "no range of colour temperatures: '5000'"),
+        ("--ct-range 5000,3000", "5000,3000 is no range"),
+        ("--mask 72,0,5,5 --domain srgb", "lies outside of a.png, which has 72×48 pixels"),
+    ],
+)
+def test_asked_wrongly(infer: Run, words: str, what: str) -> None:
     put_frame("a.png")
-    done = infer("a.png", "--export", "json,yaml")
-    assert (done.code, "--export yaml: unknown" in done.err, listing()) == (2, True, ["a.png"])
+    done = infer("a.png", *words.split())
+    assert (done.code, what in done.err, listing()) == (2, True, ["a.png"])
+
+
+def test_a_bare_deep_png_is_said_to_be_taken_for_raw_by_name_where_there_are_several(infer: Run) -> None:
+    put_frame("in/a.png")
+    put_photo("in/b.jpg", greys(most=0.5))
+    told = "taken as linear camera data; --domain srgb if it is a photo"
+    assert f"\n{told}\n" in infer("in/a.png").err
+    several = infer("in", "--black", "0", "--domain", "auto").err
+    assert told not in several  # with a level of black it is no guess
+    assert "\nin/b.jpg: --black and --white are not used" in several
+    assert f"\nin/a.png: {told}\n" in infer("in").err
 
 
 # --- pictures ---------------------------------------------------------------------------------
@@ -269,6 +299,20 @@ def test_a_linear_frame_becomes_a_picture(infer: Run) -> None:
     assert after.dtype == np.uint16
     inner = after[2:, 2:].astype(float) / 65535
     assert inner == pytest.approx(srgb(linear)[2:, 2:], abs=0.005)
+    assert infer("b.png", "--json").facts["domain"] == "srgb"  # what was written says what it is
+    assert infer("b.png", "-o", "c.png", "--domain", "raw", "--json").facts["domain"] == "raw"
+    assert infer("c.png", "--json").facts["domain"] == "srgb"
+
+
+def test_a_page_shows_what_was_there_already(infer: Run) -> None:
+    put_frame("in/a.png")
+    put_frame("in/b.png", lit(greys(), (0.4, 0.5)))
+    assert infer("in", "-o", "out").code == 0
+    Path("out/b.png").unlink()
+    assert infer("in", "-o", "out", "--skip-existing", "--report", "page").code == 0
+    page = Path("page/index.html").read_text()
+    assert ("left out" in page, "not done" in page) == (True, False)
+    assert all(f"in/{name}" in page for name in ("a.png", "b.png"))
 
 
 def test_saturated_highlights_are_white(infer: Run) -> None:
@@ -338,6 +382,9 @@ def test_a_photo_without_a_cast_is_left_as_it_is(infer: Run) -> None:
 def test_a_folder_of_pictures_has_a_table_of_gains(infer: Run) -> None:
     put_frame("in/a.png")
     put_frame("in/b.png", lit(greys(), (0.4, 0.5)))
+    Path("in/stats").mkdir()
+    for name in ("gains.png", "gains-histogram.png", "ct.png"):
+        Path("in/stats", name).touch()  # what data stats draws is no input
     assert infer("in", "-o", "out").code == 0
     assert [name for name in listing() if name.startswith("out")] == [
         "out/a.png",
@@ -401,6 +448,24 @@ def test_an_xmp_for_raw_converters(infer: Run) -> None:
     assert metadata.xmp_property(xmp, CRS, "WhiteBalance") == "Custom"
     assert int(metadata.xmp_property(xmp, CRS, "Temperature") or 0) == pytest.approx(6504, rel=0.01)
     assert abs(int(metadata.xmp_property(xmp, CRS, "Tint") or 99)) < 15
+
+
+def test_raw_and_jpeg_of_one_stem_have_files_of_their_own(infer: Run) -> None:
+    put_raw("in/x.dng", greys())
+    put_photo("in/x.jpg", greys(most=0.5))
+    words = ("in", "--export", "json,xmp", "--compare-methods")
+    planned = infer(*words, "-n", "--json").lines[0]["plan"]["outputs"]
+    assert planned == [
+        "in/x.dng -> facts, in/x.dng.awb.json, in/x.xmp, in/x.dng-methods.png",
+        "in/x.jpg -> facts, in/x.jpg.awb.json, in/x.jpg-methods.png",
+    ]
+    done = infer(*words)
+    assert done.code == 0
+    assert "in/x.jpg: no .xmp is written: raw converters read XMP of camera RAW alone" in done.err
+    made = ["x.dng-methods.png", "x.dng.awb.json", "x.jpg-methods.png", "x.jpg.awb.json", "x.xmp"]
+    assert listing() == sorted(f"in/{name}" for name in [*made, "x.dng", "x.jpg"])
+    again = infer(*words, "--skip-existing", "--json").lines
+    assert [line.get("skipped") for line in again] == [True, True]
 
 
 def test_an_xmp_that_exists_keeps_what_else_it_says(infer: Run) -> None:

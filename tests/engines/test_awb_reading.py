@@ -24,7 +24,7 @@ import pytest
 import tifffile
 
 from imgtool.engines.awb import mosaic, reading
-from imgtool.engines.awb.settings import Bench
+from imgtool.engines.awb.settings import Bench, Model, Train
 from imgtool.engines.awb.stats import AwbStats
 from imgtool.errors import FAILED, USAGE, ImgtoolError
 
@@ -384,6 +384,95 @@ def test_the_domain_is_what_one_says(tmp_path: Path) -> None:
     assert angle(white_of(found), LIGHT) < 0.1
     deep = put(tmp_path / "b.png", counts(card()))
     assert reading.read(deep, "b", Bench(domain="srgb")).domain == "srgb"
+
+
+def chunked(data: bytes, kind: bytes, content: bytes) -> bytes:
+    """Put a chunk behind the header of a PNG."""
+    whole = struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    return data[:33] + whole + data[33:]
+
+
+@pytest.mark.parametrize(
+    ("kind", "content", "domain"),
+    [
+        (b"sRGB", b"\0", "srgb"),
+        (b"gAMA", struct.pack(">I", 45455), "srgb"),
+        (b"gAMA", struct.pack(">I", 100_000), "raw"),
+        (b"iCCP", b"icc\0\0" + zlib.compress(b"profile"), "srgb"),
+        (b"cICP", bytes([1, 13, 0, 1]), "srgb"),
+        (b"eXIf", b"MM\0*\0\0\0\x08\0\0\0\0\0\0", "srgb"),
+        (b"tEXt", b"Title\0frame", "raw"),
+    ],
+)
+def test_a_deep_png_that_says_how_it_is_shown_is_a_photo(
+    tmp_path: Path, kind: bytes, content: bytes, domain: str
+) -> None:
+    data = chunked(put(tmp_path / "a.png", counts(card())).read_bytes(), kind, content)
+    (tmp_path / "b.png").write_bytes(data)
+    for source in (data, tmp_path / "b.png"):
+        assert reading.read(source, "b.png", PLAIN).domain == domain
+    assert reading.read(data, "b.png", Bench(domain="raw")).domain == "raw"
+
+
+def notes(path: Path, **settings: Any) -> str:
+    return " ".join(reading.read(path, str(path), Bench(**settings)).about.get("notes", []))
+
+
+def test_what_is_guessed_and_what_is_not_used_is_told(tmp_path: Path) -> None:
+    frame = put(tmp_path / "a.png", counts(card()))
+    raw = dng.write(tmp_path / "a.dng", dng.mosaic(counts(card())))
+    photo = put(tmp_path / "a.jpg", np.full((60, 90, 3), (90, 130, 100), np.uint8))
+    small = put(tmp_path / "s.png", counts(card(32, 32)))
+    assert "taken as linear camera data; --domain srgb" in notes(frame)
+    assert "looks like statistics of a Raspberry Pi" in notes(small)
+    assert [notes(raw), notes(photo), notes(frame, domain="raw"), notes(frame, white=4095)] == [""] * 4
+    assert [notes(path, black=3) != "" for path in (frame, raw, photo)] == [False, True, True]
+    assert "which sensor the frame is of" in notes(raw, tuning=tmp_path)
+    assert "--tuning is not used" in notes(photo, tuning=tmp_path)
+    statistic = put(tmp_path / NAME, rendered(np.full((32, 32, 3), 0.2)))
+    assert notes(statistic, tuning=tuning(tmp_path / "imxtest.json")) == ""
+    assert "the sensor imxtest" in notes(statistic, tuning=tuning(tmp_path / "imxother.json"))
+    (tmp_path / "levels.json").write_text('{"black": 64, "white": 4095}')
+    assert notes(frame) == ""
+
+
+def test_a_mask_takes_out_of_raw_files_and_photos_what_it_touches(tmp_path: Path) -> None:
+    box = np.s_[102:160, 200:260]
+    linear = np.full((240, 320, 3), 0.3) * LIGHT
+    linear[box] = (0.1, 0.2, 0.6)
+    encoded = 1.055 * linear ** (1 / 2.4) - 0.055
+    raw = dng.write(tmp_path / "a.dng", dng.mosaic(counts(linear)))
+    photo = put(tmp_path / "a.png", np.round(encoded * 255).astype(np.uint8))
+    for path in (raw, photo):
+        assert angle(white_of(reading.read(path, "a", PLAIN)), LIGHT) > 2
+        found = reading.read(path, "a", Bench(mask="200,102,60,58"))
+        assert angle(white_of(found), LIGHT) < 0.5
+        assert 0.93 < found.coverage.mean() < 1 - 58 * 60 / (240 * 320) + 0.01
+        assert "lies outside of" in refused(path, Bench(mask="320,0,9,9")).what
+    statistic = put(tmp_path / NAME, rendered(np.full((32, 32, 3), 0.2)))
+    tuned = Bench(tuning=tuning(tmp_path / "imxtest.json"), mask="30,0,2,1")
+    assert np.argwhere(reading.read(statistic, NAME, tuned).coverage == 0).tolist() == [[0, 30], [0, 31]]
+
+
+def test_the_original_s_network_sees_as_many_cells_as_its_input_has(tmp_path: Path) -> None:
+    put(tmp_path / "a.png", counts(card(192, 288)))
+    table(tmp_path / "gt.csv", "image,r,g,b", ["a.png,1,2,3"])
+    shape = {"arch": "deepawb", "height": 96, "width": 144}
+    assert reading.cells_for(Model(**shape)) == 96 * 144
+    assert reading.cells_for(Model()) == reading.cells_for(None) == 1536
+    [entry] = reading.dataset(tmp_path, Train(out=tmp_path, **shape))
+    assert entry.read().coverage.shape == (96, 144)
+    [usual] = reading.dataset(tmp_path, PLAIN)
+    assert usual.read().coverage.shape == (32, 48)
+
+
+def test_drawings_of_data_sets_are_known(tmp_path: Path) -> None:
+    for name in ("preview.png", "gains.png"):
+        assert not reading.is_drawn(tmp_path / name)
+    for name in ("gt.csv", "levels.json", "gains.png", "gains-histogram.png"):
+        (tmp_path / name).touch()
+    drawn = {name: reading.is_drawn(tmp_path / name) for name in ("preview.png", "ct.png", "00000.png")}
+    assert drawn == {"preview.png": True, "ct.png": True, "00000.png": False}
 
 
 # Raspberry Pi statistics.

@@ -22,12 +22,12 @@ import numpy.typing as npt
 
 from imgtool import files, plots, sheets
 from imgtool.engine import Watch
-from imgtool.engines.awb import angles, reading, synthesis
+from imgtool.engines.awb import angles, reading, synthesis, tuning
 from imgtool.engines.awb.camera import Camera, Locus
 from imgtool.engines.awb.reading import Entry
 from imgtool.engines.awb.stats import AwbStats
 from imgtool.engines.awb.synthesis import BLACK, WHITE, Frame, Relit
-from imgtool.errors import ImgtoolError
+from imgtool.errors import USAGE, ImgtoolError
 
 if TYPE_CHECKING:
     from imgtool.engines.awb.settings import Check, Stats, Synth
@@ -274,8 +274,10 @@ def stats(settings: Stats, watch: Watch) -> Mapping[str, object]:
     """Draw the white points of a data set, and fit the curve of each camera that has 20 or more.
 
     Writes ``gains.png`` (R/G and B/G, shaded by density, with the curves), ``gains-histogram.png``,
-    ``ct.png``, ``ct_curve.png``, and ``ct_curve.json`` as libcamera's tuning files have it: for one
-    camera {"ct_curve": [T, r, b, ...]}, for more a mapping of their names to that.
+    ``ct.png``, ``ct_curve.png``, ``ct_curve.json`` as libcamera's tuning files have it (for one
+    camera {"ct_curve": [T, r, b, ...]}, for more a mapping of their names to that), and
+    ``tunings/CAMERA.json``, which ``--tuning`` takes. All that goes into the folder ``stats`` of the data
+    set, or another, where nobody takes it for frames.
 
     Returns:
         The record: counts by camera, percentiles, and two floors in degrees: of an estimator that always
@@ -283,10 +285,13 @@ def stats(settings: Stats, watch: Watch) -> Mapping[str, object]:
         nearest point of the fitted curve, else of the camera's own.
 
     Raises:
-        ImgtoolError: Code 2: no data set. Code 1: no frame that can be read.
+        ImgtoolError: Code 2: no data set, or the output would lie among its frames. Code 1: no frame
+            that can be read.
     """
     entries = [entry for entry in reading.dataset(settings.folder, settings) if not entry.fault]
     out = settings.out or settings.folder / "stats"
+    if out.resolve() in {settings.folder.resolve(), *(entry.path.resolve().parent for entry in entries)}:
+        raise ImgtoolError(f"{out} holds the frames", "name another folder by -o", USAGE)
     whites, cameras, faults = _whites(entries, watch)
     if not whites:
         raise ImgtoolError(
@@ -297,6 +302,9 @@ def stats(settings: Stats, watch: Watch) -> Mapping[str, object]:
     loci = {name: curves.get(name, cameras[name].locus) for name in points}
     _draw(points, curves, loci, out)
     _write_curves(curves, len(points), out)
+    tunings = {name: out / "tunings" / f"{_file_name(name)}.json" for name in curves}
+    for name, path in tunings.items():
+        tuning.write_tuning(curves[name], path)
     return {
         "folder": str(settings.folder),
         "frames": sum(map(len, points.values())),
@@ -308,6 +316,7 @@ def stats(settings: Stats, watch: Watch) -> Mapping[str, object]:
             [_off(points[name], loci[name]) for name in points if name in curves or cameras[name].known]
         ),
         "out": str(out),
+        "tunings": [str(path) for path in tunings.values()],
         "faults": faults,
     }
 
@@ -330,6 +339,11 @@ def _whites(
             points[name] += [found.truth] if found.truth else []
         watch.done(done, len(entries))
     return {name: given for name, given in sorted(points.items()) if given}, cameras, faults
+
+
+def _file_name(camera: str) -> str:
+    """Return a camera's name without what no file name may have."""
+    return re.sub(r'[\\/:*?"<>|\x00-\x1f]', "_", camera).lstrip(".") or "unknown"
 
 
 def _fitted(points: Array, camera: Camera) -> Locus:

@@ -8,10 +8,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from imgtool.engine import Result, Watch
-from imgtool.engines.awb import classical, estimate, sidecar, temperature
+from imgtool.engines.awb import classical, estimate, reading, sidecar, temperature
+from imgtool.engines.awb.camera import GENERIC
 from imgtool.engines.awb.settings import Infer, Model
-from imgtool.engines.awb.stats import AwbStats
+from imgtool.engines.awb.stats import COVERED, AwbStats
 from imgtool.errors import ImgtoolError
 
 if TYPE_CHECKING:
@@ -25,6 +28,9 @@ FREE = ("bayes", "grey-world", "white-patch", "shades-of-grey", "grey-edge", "gr
 """The methods that no network serves."""
 
 SHEET = "-methods.png"
+DIMMEST = 0.005
+"""Share of the range up to which a frame without colour is called black."""
+
 LEAST, MOST = 0.5, 2.0
 """Gains of rendered photos: beyond these a cast is the scene's own, or cannot be undone in 8 bit."""
 
@@ -53,7 +59,17 @@ class Answer:
 
 def check(settings: Infer) -> None:
     """Raise what is wrong with the settings whatever the frame."""
+    from imgtool.engines.awb.tuning import Tuning
+
     sidecar.forms(settings.export)
+    reading.rectangle(settings.mask)
+    if not settings.ct_range.strip().isidentifier():  # a word may be a mode of the frame's tuning
+        Tuning.of(GENERIC).span(settings.ct_range)
+
+
+def opened(source: Path | bytes, name: str, settings: Infer, net: Net | None) -> AwbStats:
+    """Read a frame, as fine as the network sees it; see ``reading.read``."""
+    return reading.read(source, name, settings, reading.cells_for(net and net.shape))
 
 
 def beside(settings: Infer) -> list[str]:
@@ -110,7 +126,9 @@ def apply(
     Raises:
         ImgtoolError: Nothing to measure, a file beside that cannot be right, or as ``images.read``.
     """
-    stats = seen if isinstance(seen, AwbStats) else _of_photo(seen, watch.name)
+    stats = seen if isinstance(seen, AwbStats) else reading.of_photo(seen, watch.name, settings.mask)
+    for note in stats.about.get("notes", ()):
+        watch.say(note)
     if settings.lux >= 0:
         stats = stats.changed(lux=settings.lux)
     refuse_empty(stats)
@@ -129,12 +147,6 @@ def apply(
     return result
 
 
-def _of_photo(photo: Photo, name: str) -> AwbStats:
-    from imgtool.engines.awb import reading
-
-    return reading.of_photo(photo, name)
-
-
 def refuse_empty(stats: AwbStats) -> None:
     """Raise ``ImgtoolError`` where no cell of a frame counts, saying why."""
     if len(stats.points()):
@@ -142,7 +154,10 @@ def refuse_empty(stats: AwbStats) -> None:
     name = stats.name or "the frame"
     if stats.saturated > 0.5:
         what, hint = "is saturated", "give a darker exposure, or check --white"
-    elif (stats.coverage > 0).any():
+    elif np.nanmax(stats.cells[stats.coverage >= COVERED], initial=0) > DIMMEST:
+        what = "has no cell with all three colours: its light is of one or two"
+        hint = "give a frame under another light, or check --black"
+    elif (stats.coverage >= COVERED).any():
         what, hint = "is black", "give a brighter exposure, or check --black"
     else:
         what = "has nothing to measure: every pixel is black, saturated or masked"
@@ -243,7 +258,7 @@ def _facts(answer: Answer, stats: AwbStats, settings: Infer) -> dict[str, Any]:
 def _light(stats: AwbStats, white: White) -> dict[str, float | None]:
     """Return colour temperature, Adobe's tint and Duv of a white, None where the camera does not tell."""
     camera = stats.camera
-    light = temperature.of_white(*white, camera.xyz_to_camera) if stats.domain == "raw" else None
+    light = temperature.of_white(*white, camera) if stats.domain == "raw" else None
     if light and light.ct <= sidecar.HOTTEST:
         return {"cct": light.ct, "tint": light.tint, "duv": light.duv}
     on_curve = camera.known and camera.xyz_to_camera is None and stats.domain == "raw"
@@ -252,9 +267,10 @@ def _light(stats: AwbStats, white: White) -> dict[str, float | None]:
 
 def _line(facts: Mapping[str, Any]) -> str:
     """Return the result in a line for people."""
-    told = [_answered(facts)]
-    if facts["confidence"] is not None:
-        told.append(f"confidence {facts['confidence']:.2f}")
+    unsure = facts["fallback"] and facts["domain"] == "raw"
+    told = [facts["fallback"] if unsure else _answered(facts)]
+    if facts["confidence"] is not None and (unsure or not facts["fallback"]):
+        told.append(f"{'net unsure,' if unsure else 'confidence'} {facts['confidence']:.2f}")
     if facts["cct"] is not None:
         told.append(f"{facts['cct']:.0f} K")
     if facts["domain"] == "srgb":
@@ -314,7 +330,7 @@ def baseline(image: Pixels) -> Pixels:
     from imgtool.engines.awb import picture
     from imgtool.images import Photo
 
-    stats = _of_photo(Photo(image), "")
+    stats = reading.of_photo(Photo(image), "")
     if not len(stats.points()):
         return image.copy()
     r, b = classical.METHODS["grey-world"](stats)

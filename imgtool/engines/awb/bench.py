@@ -10,7 +10,7 @@ import math
 import shutil
 import struct
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +40,7 @@ APART = 0.01
 """Largest angle in degrees between the gains of two runtimes."""
 DISTURBED = 3.0
 """p95 over p50 of CPU time from which on other work disturbed the measurement."""
+PHASES = ("import", "load", "first", "steady")
 SAME = 32
 """Frames on which runtimes are compared."""
 FEWER = 5
@@ -91,21 +92,18 @@ def run(settings: Bench, lab: Any) -> Report:
                 lab.watch.say(f"{subject.name}: {subject.lacks}")
         _measure(everyone, settings, folder, lab)
         apart = {group[0].network: parity(group, entries) for group in (ours, rivals) if group}
-        net = worker.network(ours[0].weights, DEFAULT)
-        more: dict[str, Any] = {}
+        figures = cost_figures(everyone) | {"parity_degrees": apart}
         tables = [*cost_tables(everyone, settings), _parity_table(apart)]
+        limits = budgets(ours[0], apart, settings)
         if entries:
-            rows, unusable = accuracy.measure(net, entries, methods, lab)
-            more["accuracy"] = accuracy.figures(rows, unusable)
-            tables += accuracy.tables(more["accuracy"])
-            if settings.report:
-                accuracy.write(rows, entries, settings.report)
-    figures = cost_figures(everyone) | {"parity_degrees": apart} | more
+            net = worker.network(ours[0].weights, DEFAULT)
+            told = accuracy.run(net, entries, methods, settings, lab)
+            figures["accuracy"] = told
+            tables += accuracy.tables(told)
+            limits += accuracy.budgets(told)
     for note in figures["notes"]:
         lab.watch.say(note)
-    return Report(
-        "white balance: cost, agreement, errors", figures, budgets(ours[0], apart, settings), tables
-    )
+    return Report("white balance: cost, agreement, errors", figures, limits, tables)
 
 
 def _runtimes(text: str) -> list[str]:
@@ -160,7 +158,9 @@ def _original(runtimes: Sequence[str], frames: int, folder: Path) -> list[Subjec
         state = model.build(shape).state_dict()
     path = folder / "original.safetensors"
     checkpoint.save_weights(path, ENGINE, shape, state, {})
-    return staged("the original's network", path, runtimes, max(20, frames // FEWER), folder)
+    return staged(
+        f"original (deepawb, {shape.height}x{shape.width})", path, runtimes, max(20, frames // FEWER), folder
+    )
 
 
 def _measure(subjects: Sequence[Subject], settings: Bench, folder: Path, lab: Any) -> None:
@@ -335,9 +335,9 @@ def budgets(default: Subject, apart: Mapping[str, Mapping[str, float]], settings
         if kind not in default.found:
             continue
         peak = default.found[kind]["peak_mb"]
-        found.append(Budget(f"whole process, {name}", settings.max_mb, peak, "MB"))
+        found.append(Budget(f"largest process, {name}", settings.max_mb, peak, "MB"))
         if settings.max_mb <= USUAL_MB:
-            found.append(Budget(f"goal: whole process, {name}", goal, peak, "MB"))
+            found.append(Budget(f"goal: largest process, {name}", goal, peak, "MB"))
     largest = max((angle for some in apart.values() for angle in some.values()), default=0.0)
     return [*found, Budget("largest angle between the gains of runtimes", APART, largest, "degrees")]
 
@@ -368,50 +368,51 @@ def cost_figures(subjects: Sequence[Subject]) -> dict[str, Any]:
 def cost_tables(subjects: Sequence[Subject], settings: Bench) -> list[Table]:
     """Return tables of CPU time, of memory by phase, and of files to gains."""
     high, wide = worker.FRAME
-    columns = ("subject", "p50", "p95", "p99", "max", "network p50", "network p95", "process MB")
-    title = f"frame of {wide}x{high} in memory to gains, CPU ms, one thread"
-    phases = ("import", "load", "first", "steady")
-    one = Table(title, columns, [_core_row(s) for s in subjects])
+    one = Table(
+        f"frame of {wide}x{high} in memory to gains, CPU ms, one thread",
+        ("subject", "p50", "p95", "max", "network p50", "process MB"),
+        [_row(s, 5, _core_cells) for s in subjects],
+    )
     two = Table(
-        "the same process: peak MB after each phase, and ms of the first three",
-        ("subject", *phases, *(f"{name} ms" for name in phases[:3])),
-        [_phase_row(s, phases) for s in subjects],
+        "the same process: peak MB after each phase, and CPU ms up to the first gains",
+        ("subject", *PHASES, "first ms"),
+        [_row(s, 5, _phase_cells) for s in subjects],
     )
     three = Table(
-        f"file to gains by the command line, whole process (PNG {wide}x{high}, RAW {settings.megapixels} MP);"
-        " where a child process decodes, the larger of the two counts",
-        ("subject", "PNG CPU s", "PNG MB", "RAW CPU s", "RAW MB", "RAW: own MB", "RAW: child MB"),
-        [_file_row(s) for s in subjects],
+        f"file to gains by infer (PNG {wide}x{high}, RAW {settings.megapixels} MP), CPU s and peak MB; "
+        "a child decodes RAW, and what it shares with its parent counts once in the sum",
+        ("subject", "PNG s", "PNG MB", "RAW s", "parent MB", "child MB", "sum MB"),
+        [_row(s, 6, _file_cells) for s in subjects],
     )
     return [one, two, three]
 
 
-def _core_row(subject: Subject) -> tuple[object, ...]:
+def _row(subject: Subject, count: int, cells: Callable[[Mapping[str, Any]], list[str]]) -> tuple[object, ...]:
+    """Return a row of a table, which says what a subject lacks where it could not be measured."""
     if subject.lacks:
-        return (subject.name, subject.lacks, *[""] * 6)
-    core = subject.found["core"]
-    whole = (f"{core['core'][name]:.3f}" for name in ("p50", "p95", "p99", "max"))
-    alone = (f"{core['network'][name]:.3f}" for name in ("p50", "p95"))
-    return (subject.name, *whole, *alone, f"{core['peak_mb']:.1f}")
+        return (subject.name, subject.lacks, *[""] * (count - 1))
+    return (subject.name, *cells(subject.found))
 
 
-def _phase_row(subject: Subject, phases: Sequence[str]) -> tuple[object, ...]:
-    if subject.lacks:
-        return (subject.name, subject.lacks, *[""] * 6)
-    core = subject.found["core"]
-    peaks = (f"{core['phases_mb'][name]:.1f}" for name in phases)
-    return (subject.name, *peaks, *(f"{core['phases_ms'][name]:.1f}" for name in phases[:3]))
+def _core_cells(found: Mapping[str, Any]) -> list[str]:
+    core = found["core"]
+    times = [core["core"][name] for name in ("p50", "p95", "max")] + [core["network"]["p50"]]
+    return [*(f"{time:.3f}" for time in times), f"{core['peak_mb']:.1f}"]
 
 
-def _file_row(subject: Subject) -> tuple[object, ...]:
-    if subject.lacks:
-        return (subject.name, subject.lacks, *[""] * 5)
-    cells: list[str] = []
-    for kind in ("png", "raw"):
-        found = subject.found.get(kind)
-        cells += [f"{found['cpu']:.2f}", f"{found['peak_mb']:.1f}"] if found else ["-", "-"]
-    raw = subject.found.get("raw")
-    return (subject.name, *cells, *((f"{raw[name]:.1f}" for name in ("own_mb", "child_mb")) if raw else "--"))
+def _phase_cells(found: Mapping[str, Any]) -> list[str]:
+    core = found["core"]
+    peaks = [f"{core['phases_mb'][name]:.1f}" for name in PHASES]
+    return [*peaks, f"{sum(core['phases_ms'][name] for name in PHASES[:3]):.0f}"]
+
+
+def _file_cells(found: Mapping[str, Any]) -> list[str]:
+    png, raw = found["png"], found.get("raw")
+    cells = [f"{png['cpu']:.2f}", f"{png['peak_mb']:.1f}"]
+    if not raw:
+        return cells + ["-"] * 4
+    memory = (f"{raw[name]:.1f}" for name in ("own_mb", "child_mb", "sum_mb"))
+    return [*cells, f"{raw['cpu']:.2f}", *memory]
 
 
 def _parity_table(apart: Mapping[str, Mapping[str, float]]) -> Table:

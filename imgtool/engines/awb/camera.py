@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float64]
+Matrices = Sequence[tuple[float, Array]]
 
 LOWEST, HIGHEST = 2000.0, 12000.0
 """Colour temperatures in kelvin that a curve made from a matrix spans."""
@@ -29,6 +31,9 @@ LEAST = 0.01
 MIDDLING = 4200.0
 """Colour temperature midway along lights of which nothing else is known: in mired, that between an
 incandescent lamp (2850 K) and shade (8000 K)."""
+
+DAYLIGHT = 6500.0
+"""Colour temperature for which a colour matrix counts that does not say for which it is."""
 
 _STEPS = 26
 _STEEPEST = 0.9
@@ -99,22 +104,28 @@ class Locus:
 
     @classmethod
     def of_matrix(cls, xyz_to_camera: Array) -> Locus:
-        """Return the curve that a colour matrix tells: of Planckian radiators, and daylight from 5000 K on.
+        """Return the curve that a colour matrix ``(3, 3)`` tells; see ``of_matrices``."""
+        return cls.of_matrices([(DAYLIGHT, xyz_to_camera)])
+
+    @classmethod
+    def of_matrices(cls, matrices: Matrices) -> Locus:
+        """Return the curve that colour matrices tell: of Planckian radiators, and daylight from 5000 K on.
 
         Args:
-            xyz_to_camera: ``(3, 3)`` XYZ to camera RGB, of any scale.
+            matrices: One for every light, or those of some temperatures, between which it is interpolated;
+                see ``matrix_at``.
 
         Raises:
-            ImgtoolError: To this matrix lights are not red, green and blue.
+            ImgtoolError: To these matrices lights are not red, green and blue.
         """
         ct = 1e6 / np.linspace(1e6 / LOWEST, 1e6 / HIGHEST, _STEPS)
         x, y = chromaticity(ct)
         xyz = np.stack([x / y, np.ones_like(x), (1 - x - y) / y], -1)
-        rgb = xyz @ np.asarray(xyz_to_camera, np.float64).T
+        rgb = np.einsum("nij,nj->ni", matrix_at(matrices, ct), xyz)
         with np.errstate(divide="ignore", invalid="ignore"):
             white = rgb[:, ::2] / rgb[:, 1:2]
         # To a matrix made for daylight, the reddest lights may have less than no blue.
-        seen = np.isfinite(white).all(1) & (white > LEAST).all(1)
+        seen = (rgb > 0).all(1) & np.isfinite(white).all(1) & (white > LEAST).all(1)
         if np.count_nonzero(seen) < 2:
             what = "by its colour matrix this camera sees no red, green and blue in any light"
             raise ImgtoolError(what, "give the matrix from XYZ to the camera's colours, as DNG's ColorMatrix")
@@ -168,6 +179,23 @@ def piecewise(at: Array, x: Array, y: Array) -> Floats:
     slopes = (y[..., 1:] - y[..., :-1]) / (x[1:] - x[:-1])
     found: Floats = y[..., piece] + (at - x[piece]) * slopes[..., piece]
     return found
+
+
+def matrix_at(matrices: Matrices, ct: float | Array) -> Floats:
+    """Return the colour matrix at colour temperatures, ``(..., 3, 3)``.
+
+    Linear in 1 / temperature between the calibration lights, and beyond them that of the nearest: DNG
+    Specification 1.7, chapter 6.
+
+    Args:
+        matrices: One or more: temperature of the calibration light in kelvin, each another, and ``(3, 3)``.
+        ct: Kelvin.
+    """
+    ordered = sorted(matrices, key=lambda told: -told[0])
+    mired = [1e6 / kelvin for kelvin, _ in ordered]
+    places = 1e6 / np.asarray(ct, np.float64)
+    shares = np.stack([np.interp(places, mired, one) for one in np.eye(len(mired))], -1)
+    return np.tensordot(shares, np.array([matrix for _, matrix in ordered], np.float64), 1)
 
 
 def chromaticity(ct: float | Array) -> tuple[Floats, Floats]:
@@ -243,6 +271,8 @@ class Camera:
         locus: Its curve of white points.
         known: Whether the locus is this camera's own: from a tuning file or its colour matrix.
         xyz_to_camera: ``(3, 3)``: XYZ to camera RGB at D65, as the ColorMatrix of DNG; None where unknown.
+        matrices: Where it has one for each of several lights: colour temperature of the light in kelvin,
+            and ``(3, 3)``, all on one scale. "xyz_to_camera" is among them, but for its scale.
         tuning: Its libcamera tuning, where there is one.
     """
 
@@ -250,7 +280,12 @@ class Camera:
     locus: Locus = field(default_factory=lambda: GENERIC_LOCUS)
     known: bool = False
     xyz_to_camera: Floats | None = None
+    matrices: tuple[tuple[float, Floats], ...] = ()
     tuning: Tuning | None = None
+
+    def matrix(self, ct: float) -> Floats | None:
+        """Return XYZ to camera RGB under a light of a colour temperature in kelvin, None where unknown."""
+        return matrix_at(self.matrices, ct) if self.matrices else self.xyz_to_camera
 
 
 GENERIC_LOCUS: Locus = Locus(

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -40,7 +41,8 @@ def run(settings: Train, crew: Crew) -> Mapping[str, Any]:
 def crossvalidate(settings: Train, crew: Crew) -> Mapping[str, Any]:
     """Train once without each fold and measure on it, then train on everything.
 
-    The weights measured are those of the last step, so that nothing is chosen by what is measured on.
+    The weights measured are those of the last step, so that nothing is chosen by what is measured on. The
+    scores in the header of the weights trained on everything are those of the cross-validation.
     The folder gets ``errors.csv`` (a row for each frame), ``errors.png`` and ``folds.json``.
 
     Returns:
@@ -62,6 +64,13 @@ def crossvalidate(settings: Train, crew: Crew) -> Mapping[str, Any]:
         name: angles.summary(np.array([row[name] for row in rows], float))
         for name in ("recovery", "reproduction")
     }
+    scores = {
+        "recovery": summary["recovery"]["mean"],
+        "recovery_worst25": summary["recovery"]["worst25"],
+        "reproduction": summary["reproduction"]["mean"],
+    }
+    how = f"{settings.folds} folds by {settings.group}"
+    checkpoint.relabel(Path(str(final["weights"])), {"scores": scores, "crossvalidation": how})
     record = {
         "frames": len(rows),
         "folds": settings.folds,

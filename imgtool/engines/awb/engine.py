@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from imgtool.engine import Engine, later
-from imgtool.engines.awb import apply, reading
+from imgtool.engines.awb import apply, reading, sidecar
 from imgtool.engines.awb.settings import ACTIONS, Model
 
 _HERE = "imgtool.engines.awb"
@@ -34,7 +34,9 @@ ENGINE: Engine = Engine(
     beside=apply.beside,
     prepare=apply.prepare,
     uses_weights=apply.uses_weights,
-    open=reading.read,
+    open=apply.opened,
     picture=False,
     sheets=("-methods",),
+    drawn=reading.is_drawn,
+    unfit=sidecar.unfit,
 )

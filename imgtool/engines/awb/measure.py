@@ -262,9 +262,11 @@ def measured(order: Mapping[str, Any]) -> dict[str, Any]:
     net = order["net"]
     state = random_state(net)
     frame = np.random.default_rng(0).integers(BLACK, WHITE - BLACK, (*FRAME, 3), np.uint16)
+    height, width = net["height"], net["width"]
 
     def work() -> None:
-        seen = features.picture(stats.of_linear(frame, BLACK, WHITE), net["height"], net["width"])
+        cells = stats.of_linear(frame, BLACK, WHITE, cells=height * width)
+        seen = features.picture(cells, height, width)
         forward.deepawb(state, seen, strides=tuple(net["strides"]), layers=len(net["widths"]))
 
     times = _times(work, order["max_ms"])

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from imgtool import raw as render
-from imgtool.engines.awb.camera import GENERIC, Camera, Locus
+from imgtool.engines.awb.camera import DAYLIGHT, GENERIC, Camera, Locus
 from imgtool.engines.awb.stats import SATURATED, AwbStats, Grid, of_samples, saturation
 from imgtool.errors import FAILED, ImgtoolError
 
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float64]
+Tags = Mapping[int, tuple[float, ...] | str]
 
 SAMPLES = 8
 """Super-pixels of 2x2 that a side of a cell has, where the frame is large enough."""
@@ -42,7 +43,13 @@ DNG_VERSION, SUBFILE_TYPE = 50706, 254
 _MAKER, _MODEL, _UNIQUE_MODEL = 271, 272, 50708
 _MATRICES, _CALIBRATIONS, _LIGHTS = (50721, 50722), (50723, 50724), (50778, 50779)
 _BALANCE = 50727
-_D65 = 21.0
+_KELVIN: Mapping[float, float] = {
+    1: 5500, 2: 4150, 3: 2850, 4: 5500, 9: 5500, 10: 6500, 11: 7500, 12: 6400, 13: 5050, 14: 4150, 15: 3525,
+    16: 2925, 17: 2850, 18: 5500, 19: 6500, 20: 5500, 21: 6500, 22: 7500, 23: 5000, 24: 3200,
+}  # fmt: skip
+"""EXIF's LightSource to kelvin, as the DNG SDK has it (dng_camera_profile.cpp, IlluminantToTemperature)."""
+
+_D50 = np.array([0.96422, 1.0, 0.82521])
 _SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8}
 _CODES = {1: "B", 3: "H", 4: "I", 5: "I", 6: "b", 8: "h", 9: "i", 10: "i", 11: "f", 12: "d"}
 _LONGEST = 4096
@@ -63,10 +70,10 @@ def read(path: Path, name: str = "", timeout: float = render.TIMEOUT) -> AwbStat
         timeout: Seconds after which a decoding that does not end is given up.
 
     Returns:
-        The statistics. ``about`` holds, where known, "camera_gains" (the camera's own white balance:
-        gains of red and blue), "daylight_gains", "iso", "exposure" in seconds, "aperture"; and of the
-        process that decoded, in 10^6 bytes: "peak_mb", its peak resident memory, and "shared_mb", how
-        much of that it shares with this process.
+        The statistics. ``about`` holds "size", the visible mosaic's height and width in pixels; where
+        known, "camera_gains" (the camera's own white balance: gains of red and blue), "daylight_gains",
+        "iso", "exposure" in seconds, "aperture"; and of the process that decoded, in 10^6 bytes:
+        "peak_mb", its peak resident memory, and "shared_mb", how much of that it shares with this process.
 
     Raises:
         ImgtoolError: No such file, empty, no header, truncated, corrupt, no Bayer mosaic, or the
@@ -165,7 +172,7 @@ def _unpacked(data: bytes) -> AwbStats:
     return AwbStats(
         cells.reshape(high, wide, 3),
         coverage.reshape(high, wide),
-        camera_of(head["camera"], head["matrix"]),
+        camera_of(head["camera"], head["matrix"], head["matrices"]),
         saturated=head["saturated"],
         black=head["black"],
         white=head["white"],
@@ -173,23 +180,31 @@ def _unpacked(data: bytes) -> AwbStats:
     )
 
 
-def camera_of(name: str, matrix: Sequence[float] | Array | None) -> Camera:
-    """Return a camera by its colour matrix.
+def camera_of(
+    name: str, matrix: Sequence[float] | Array | None, matrices: Sequence[tuple[float, Any]] = ()
+) -> Camera:
+    """Return a camera by its colour matrix, or matrices.
 
     Args:
         name: Its name, "" where unknown.
         matrix: XYZ to camera at D65, 9 numbers row by row; None, or one that makes no sense, is unknown.
+        matrices: Colour temperature of a light and the matrix for it; where one makes no sense, or they do
+            not go together, ``matrix`` serves for all lights.
     """
     if matrix is None:
         return Camera(name) if name else GENERIC
     xyz_to_camera = np.asarray(matrix, np.float64).reshape(3, 3)
-    if not np.isfinite(xyz_to_camera).all() or abs(np.linalg.det(xyz_to_camera)) < 1e-6:
-        return Camera(name)
-    try:
-        locus = Locus.of_matrix(xyz_to_camera)
-    except ImgtoolError:
-        return Camera(name)
-    return Camera(name, locus, known=True, xyz_to_camera=xyz_to_camera)
+    several = tuple((kelvin, np.asarray(one, np.float64).reshape(3, 3)) for kelvin, one in matrices)
+    for lights in filter(None, (several, ((DAYLIGHT, xyz_to_camera),))):
+        if all(_sensible(one) for _, one in lights):
+            with suppress(ImgtoolError):
+                told = several if lights is several else ()
+                return Camera(name, Locus.of_matrices(lights), True, xyz_to_camera, told)
+    return Camera(name)
+
+
+def _sensible(matrix: Floats) -> bool:
+    return bool(np.isfinite(matrix).all() and abs(np.linalg.det(matrix)) >= 1e-6)
 
 
 def tiff_tags(file: BinaryIO, wanted: Collection[int]) -> dict[int, tuple[float, ...] | str]:
@@ -277,6 +292,7 @@ def _packed(stats: AwbStats, shared: float | None = None) -> bytes:
         "shape": stats.coverage.shape,
         "camera": stats.camera.name,
         "matrix": None if matrix is None else matrix.ravel().tolist(),
+        "matrices": [(kelvin, one.ravel().tolist()) for kelvin, one in stats.camera.matrices],
         "saturated": stats.saturated,
         "black": stats.black,
         "white": stats.white,
@@ -313,9 +329,7 @@ def decode(path: Path) -> AwbStats:
 
     with _faults(path), rawpy.imread(str(path)) as raw:
         places = _places(raw, path)
-        name, matrix = _identity(raw, path)
-        camera = Camera(name, GENERIC.locus, xyz_to_camera=matrix)
-        return _averaged(raw, places, path).changed(camera=camera, about=_about(raw))
+        return _averaged(raw, places, path).changed(camera=_identity(raw, path), about=_about(raw))
 
 
 def _places(raw: rawpy.RawPy, path: Path) -> dict[str, list[tuple[int, int, int]]]:
@@ -342,7 +356,9 @@ def _places(raw: rawpy.RawPy, path: Path) -> dict[str, list[tuple[int, int, int]
         places.setdefault(letters[channel], []).append((row, column, int(channel)))
     if {letter: len(found) for letter, found in places.items()} != {"R": 1, "G": 2, "B": 1}:
         colours = "".join(letters[channel] for channel in pattern.ravel())
-        raise ImgtoolError(f"{path} has the colours {colours}, not red, two greens and blue", _OTHER)
+        larger = "a pattern larger than 2×2 pixels, such as quad-Bayer"
+        what = larger if set(colours) <= set("RGB") else f"the colours {colours}"
+        raise ImgtoolError(f"{path} has {what}, not red, two greens and blue in 2×2 pixels (Bayer)", _OTHER)
     return places
 
 
@@ -387,7 +403,7 @@ def _check_levels(black: float, white: float, peak: Array, path: Path) -> None:
 
 
 def _about(raw: rawpy.RawPy) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"size": [int(edge) for edge in raw.raw_image_visible.shape]}
     for key, balance in (
         ("camera_gains", raw.camera_whitebalance),
         ("daylight_gains", raw.daylight_whitebalance),
@@ -404,31 +420,54 @@ def _about(raw: rawpy.RawPy) -> dict[str, Any]:
     return found
 
 
-def _identity(raw: rawpy.RawPy, path: Path) -> tuple[str, Floats | None]:
-    """Return the camera's name and its matrix from XYZ: the file's own, or LibRaw's."""
+def _identity(raw: rawpy.RawPy, path: Path) -> Camera:
+    """Return the camera's name and its matrices from XYZ, the file's own or LibRaw's, unchecked."""
     wanted = {_MAKER, _MODEL, _UNIQUE_MODEL, _BALANCE, *_MATRICES, *_CALIBRATIONS, *_LIGHTS}
     with path.open("rb") as file:
         tags = tiff_tags(file, wanted)
     maker, model = str(tags.get(_MAKER, "")), str(tags.get(_MODEL, ""))
     said = any(word.lower() in model.lower() for word in maker.split())
     name = str(tags.get(_UNIQUE_MODEL, "")) or (model if said else f"{maker} {model}")
-    matrix = _matrix(tags)
+    matrix, matrices = _matrices(tags)
     if matrix is None and raw.rgb_xyz_matrix[:3].any():
         matrix = raw.rgb_xyz_matrix[:3].astype(np.float64)
-    return name.strip(), matrix
+    return Camera(name.strip(), GENERIC.locus, xyz_to_camera=matrix, matrices=matrices)
 
 
-def _matrix(tags: dict[int, tuple[float, ...] | str]) -> Floats | None:
-    """Return XYZ to camera of a DNG for D65, or else for the light that it has.
-
-    AnalogBalance x CameraCalibration x ColorMatrix: DNG Specification 1.4, chapter 6.
-    """
-    there = [number for number in (1, 0) if len(tags.get(_MATRICES[number], ())) == 9]
+def _matrices(tags: Tags) -> tuple[Floats | None, tuple[tuple[float, Floats], ...]]:
+    """Return XYZ to camera of a DNG for the light nearest to D65; and for both lights, where it has two."""
+    there = [number for number in (1, 0) if len(_numbers(tags, _MATRICES[number])) == 9]
     if not there:
-        return None
-    chosen = next((number for number in there if tags.get(_LIGHTS[number]) == (_D65,)), there[0])
-    matrix = np.array(tags[_MATRICES[chosen]], np.float64).reshape(3, 3)
-    calibration, balance = tags.get(_CALIBRATIONS[chosen], ()), tags.get(_BALANCE, ())
+        return None, ()
+    kelvin = {number: _light(tags, number) for number in there}
+    away = {number: abs(1 / (light or DAYLIGHT) - 1 / DAYLIGHT) for number, light in kelvin.items()}
+    nearest = min(there, key=lambda number: (away[number], not kelvin[number]))
+    two = len({light for light in kelvin.values() if light}) == 2
+    several = ((light, _product(tags, number, even=True)) for number, light in kelvin.items() if two)
+    return _product(tags, nearest), tuple(several)
+
+
+def _light(tags: Tags, number: int) -> float:
+    """Return the colour temperature of a calibration light in kelvin, 0 where unknown."""
+    told = _numbers(tags, _LIGHTS[number])
+    return _KELVIN.get(told[0], 0.0) if told else 0.0
+
+
+def _numbers(tags: Tags, tag: int) -> tuple[float, ...]:
+    found = tags.get(tag, ())
+    return () if isinstance(found, str) else found
+
+
+def _product(tags: Tags, number: int, even: bool = False) -> Floats:
+    """Return AnalogBalance x CameraCalibration x ColorMatrix: DNG Specification 1.7, chapter 6.
+
+    Two are interpolated on even scales: as in the DNG SDK, the largest part of white under D50 is 1.
+    """
+    matrix = np.array(_numbers(tags, _MATRICES[number]), np.float64).reshape(3, 3)
+    largest = float((matrix @ _D50).max())
+    if even and largest > 0:
+        matrix /= largest
+    calibration, balance = _numbers(tags, _CALIBRATIONS[number]), _numbers(tags, _BALANCE)
     if len(calibration) == 9:
         matrix = np.array(calibration, np.float64).reshape(3, 3) @ matrix
     if len(balance) == 3:

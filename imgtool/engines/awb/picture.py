@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import struct
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +38,7 @@ SMALL = 640
 _KEPT = 0.001
 _HIGHLIGHT = (0.8, 1.0)
 _STRIP = 1 << 20
+_MADE = struct.pack(">6H", 2024, 1, 1, 0, 0, 0)
 
 
 def linear(values: Array) -> Array:
@@ -184,7 +187,7 @@ def scene(stats: AwbStats, source: Path | bytes | Photo) -> Scene:
     if reading.is_raw(source, stats.name):
         return _raw(stats, source)
     photo = images.read(source, stats.name)
-    return _linear(stats, replace(photo, icc=None), (stats.black, stats.white), photo.pixels.dtype)
+    return _linear(stats, photo, (stats.black, stats.white), photo.pixels.dtype)
 
 
 def _shrunk(pixels: Array) -> Array:
@@ -201,8 +204,9 @@ def _shrunk(pixels: Array) -> Array:
 
 def _rendered(photo: Photo) -> Scene:
     little = _shrunk(photo.pixels)
+    deep = photo.pixels.dtype == np.uint16
     return Scene(
-        photo,
+        replace(photo, icc=_profile()) if deep and photo.icc is None else photo,
         lambda white: correct(photo.pixels, white),
         lambda white: correct(little, white),
         (1.0, 1.0),
@@ -230,7 +234,7 @@ def _linear(stats: AwbStats, photo: Photo, levels: tuple[float, float], dtype: n
         return convert(develop(frame, stats, white, *levels), wanted)
 
     little = _shrunk(photo.pixels)
-    bare = replace(photo, pixels=photo.pixels[:0])  # linear numbers show nothing to people
+    bare = replace(photo, pixels=photo.pixels[:0], icc=_profile())  # linear numbers show nothing to people
     return Scene(
         bare, lambda white: made(photo.pixels, white), lambda white: made(little, white), *_neutral(stats)
     )
@@ -245,7 +249,7 @@ def _raw(stats: AwbStats, source: Path | bytes) -> Scene:
     data = files.read(source) if isinstance(source, Path) else source
     exif = metadata.exif_of_tiff(data, leave_out=(metadata.MAKER_NOTE,))
     none = np.empty((0, 0, 3), np.uint16)
-    photo = Photo(none, exif=metadata.upright(exif) if exif else None, format="raw")
+    photo = Photo(none, exif=metadata.upright(exif) if exif else None, icc=_profile(), format="raw")
     kept: list[Array] = []
 
     def picture(white: White) -> Pixels:
@@ -260,6 +264,15 @@ def _raw(stats: AwbStats, source: Path | bytes) -> Scene:
         return develop(kept[0], stats, white, 0.0, 1.0)
 
     return Scene(photo, picture, small, neutral, words)
+
+
+@lru_cache(maxsize=1)
+def _profile() -> bytes:
+    """Return an ICC profile of sRGB: it tells a 16-bit PNG of ours from one of a camera's raw numbers."""
+    from PIL import ImageCms
+
+    made = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    return made[:24] + _MADE + made[36:]
 
 
 @contextmanager

@@ -58,6 +58,9 @@ CLIPPED_COVERAGE = 0.5
 LIGHTEST, DARKEST = 0.95, 0.04
 """Values of rendered photos, in 0..1, outside of which a pixel does not count: curves and clipping."""
 
+STATISTICS_SIZES = ((32, 32), (12, 16))
+"""Rows and columns of the statistics of a Raspberry Pi."""
+
 _LEAST = 192
 _GT, _LEVELS, _CAMERAS, _PREVIEW = "gt.csv", "levels.json", "cameras.json", "preview.png"
 _STATISTICS = re.compile(r"([^,/]+),([^,/]+),([^,/]+),(\d+(?:\.\d+)?),(\d+(?:\.\d+)?),(\d+(?:\.\d+)?)\.png")
@@ -65,6 +68,9 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 _TIFF = (b"II*\0", b"MM\0*")
 _HEADINGS = (("mean_r", "mean_g", "mean_b"), ("r", "g", "b"))
 _HEAD = 1 << 16
+_SHOWN = (b"iCCP", b"sRGB", b"cICP", b"eXIf")
+_WORDS = ("auto", "none", "cube")
+_DRAWN = ("gains.png", "gains-histogram.png", "ct.png", "ct_curve.png")
 _AGAIN = "copy the file again from its source"
 
 
@@ -135,17 +141,33 @@ class Entry:
     part: str = ""
 
 
-def read(source: Path | bytes, name: str, sources: Sources) -> AwbStats:
+def cells_for(shape: object) -> int:
+    """Return about how many cells a network sees: the original's as many as its input has pixels.
+
+    Args:
+        shape: ``Model`` settings; others have the usual number.
+    """
+    if getattr(shape, "arch", "") != "deepawb":
+        return stats.CELLS
+    return int(shape.height * shape.width)  # type: ignore[attr-defined]
+
+
+def read(source: Path | bytes, name: str, sources: Sources, cells: int = stats.CELLS) -> AwbStats:
     """Read a frame of any kind.
+
+    A 16-bit PNG that says how it is shown (an ICC profile, sRGB, a gamma other than 1, cICP, or EXIF) is a
+    photo unless the settings say otherwise.
 
     Args:
         source: The file, or its content.
         name: What messages call it; tells Raspberry Pi statistics.
         sources: How it is read.
+        cells: About how many cells a linear frame or a photo is averaged into.
 
     Returns:
         Its statistics, with "camera_ct", "true_ct" and "sensor" in ``about`` where it is one of a
-        Raspberry Pi; for camera RAW see ``mosaic.read``.
+        Raspberry Pi, and "notes", a list of what a user should know of how it was read, where there
+        is something; for camera RAW see ``mosaic.read``.
 
     Raises:
         ImgtoolError: Code 2: no such file, or settings that do not fit it. Code 1: truncated, corrupt,
@@ -155,17 +177,26 @@ def read(source: Path | bytes, name: str, sources: Sources) -> AwbStats:
     called = path or Path(name)
     head = _head(source) if isinstance(source, Path) else source[:_HEAD]
     if _is_raw(head, called.suffix.lower()):
-        return _with_tuning(_mosaic(source, name), sources)
+        return _noted(_with_tuning(_mosaic(source, name, sources.mask), sources), _unused(sources))
     deep = head.startswith(_PNG) and head[24:25] == b"\x10"
-    linear = sources.domain == "raw" or (sources.domain == "auto" and deep)
-    if not linear:
-        return _photo(source, name)
+    told = Statistics.of(called.name) if deep else None
+    guessed = "raw" if deep and (told or not _is_shown(source)) else "srgb"
+    if sources.domain == "srgb" or (sources.domain == "auto" and guessed == "srgb"):
+        return _noted(_photo(source, name, sources.mask, cells), _unused(sources), _untuned(sources))
     data = files.read(source) if isinstance(source, Path) else source
     pixels = _png(data, name) if deep else _any(data, name)
-    told = Statistics.of(called.name)
-    if told and deep:
-        return _statistics(pixels, told, _tuning(told.sensor, path, sources)).changed(name=name)
-    return _with_tuning(_linear(pixels, path, sources), sources).changed(name=name)
+    if told:
+        found = _statistics(pixels, told, _tuning(told.sensor, path, sources))
+        found = _masked(found, _box(sources.mask, pixels.shape, name), *map(_edges, found.coverage.shape))
+        return _noted(found, _other_sensor(told, sources)).changed(name=name)
+    return _with_tuning(_linear(pixels, path, name, sources, cells), sources).changed(name=name)
+
+
+def is_drawn(path: Path) -> bool:
+    """Tell pictures that ``data synth`` and ``data stats`` draw, by name and by what lies beside them."""
+    if path.name == _PREVIEW:
+        return (path.parent / _GT).is_file() and (path.parent / _LEVELS).is_file()
+    return path.name in _DRAWN and all((path.parent / name).is_file() for name in _DRAWN[:2])
 
 
 def is_raw(source: Path | bytes, name: str) -> bool:
@@ -199,13 +230,85 @@ def _is_raw(head: bytes, suffix: str) -> bool:
     return suffix in render.SUFFIXES and not head.startswith((_PNG, b"\xff\xd8", b"BM", b"RIFF"))
 
 
-def _mosaic(source: Path | bytes, name: str) -> AwbStats:
+def _is_shown(source: Path | bytes) -> bool:
+    """Tell a PNG that says how it is shown, by its chunks before the pixels (PNG, third edition, 5.6)."""
+    with source.open("rb") if isinstance(source, Path) else io.BytesIO(source) as file:
+        file.seek(len(_PNG))
+        while len(head := file.read(8)) == 8 and head[4:] != b"IDAT":
+            length, kind = struct.unpack(">I4s", head)
+            value = file.read(min(length, 4))
+            if kind in _SHOWN or (kind == b"gAMA" and int.from_bytes(value, "big") != 100_000):
+                return True
+            file.seek(length - len(value) + 4, io.SEEK_CUR)
+    return False
+
+
+def _noted(found: AwbStats, *notes: str) -> AwbStats:
+    """Add to what a user should know of how a frame was read; "" is nothing."""
+    told = [note for note in (*found.about.get("notes", ()), *notes) if note]
+    return found.changed(about=found.about | {"notes": told}) if told else found
+
+
+def _unused(sources: Sources) -> str:
+    given = max(sources.black, sources.white) >= 0
+    return "--black and --white are not used: they are for linear PNG and TIFF only" if given else ""
+
+
+def _untuned(sources: Sources) -> str:
+    return "--tuning is not used: a rendered photo is not in a sensor's colours" if sources.tuning else ""
+
+
+def _other_sensor(told: Statistics, sources: Sources) -> str:
+    file = sources.tuning
+    if file is None or file.is_dir() or file.stem == told.sensor:
+        return ""
+    return f"a statistic of the sensor {told.sensor} is read by the tuning of another: {file}"
+
+
+def _mosaic(source: Path | bytes, name: str, mask: str) -> AwbStats:
     if isinstance(source, Path):
-        return mosaic.read(source, name)
-    with tempfile.TemporaryDirectory(prefix="imgtool-") as folder:
-        path = Path(folder, "input.dng")
-        files.write(path, source)
-        return mosaic.read(path, name)
+        found = mosaic.read(source, name)
+    else:
+        with tempfile.TemporaryDirectory(prefix="imgtool-") as folder:
+            path = Path(folder, "input.dng")
+            files.write(path, source)
+            found = mosaic.read(path, name)
+    if mask in ("auto", "none"):
+        return found
+    if "size" not in found.about:
+        what = f"--mask {mask} does not serve {found.name}: its size is not known"
+        raise ImgtoolError(what, "give --mask none", USAGE)
+    height, width = found.about["size"]
+    grid = Grid.of(height // 2, width // 2, samples=mosaic.SAMPLES)
+    axes = zip((grid.rows, grid.columns), grid.side, found.coverage.shape, strict=True)
+    edges = [
+        2 * (taken.start - taken.step // 2 + taken.step * side * _edges(number))
+        for taken, side, number in axes
+    ]
+    return _masked(found, _box(mask, (height, width), name), *edges)
+
+
+def _edges(number: int) -> Array:
+    """Return the edges of ``number`` cells of one pixel each."""
+    return np.arange(number + 1)
+
+
+def _masked(found: AwbStats, box: tuple[slice, slice] | None, rows: Array, columns: Array) -> AwbStats:
+    """Take out the cells that a rectangle touches.
+
+    Args:
+        found: The frame.
+        box: Rows and columns of the rectangle; None takes nothing out.
+        rows: Edges of the cells, in the pixels that the rectangle counts.
+        columns: The same.
+    """
+    if box is None:
+        return found
+    down, across = (
+        (edges[:-1] < part.stop) & (edges[1:] > part.start)
+        for edges, part in zip((rows, columns), box, strict=True)
+    )
+    return found.changed(coverage=np.where(down[:, None] & across, np.float32(0), found.coverage))
 
 
 # Linear frames.
@@ -261,11 +364,26 @@ def _any(data: bytes, name: str) -> Array:
     return photo.pixels
 
 
-def _linear(pixels: Array, path: Path | None, sources: Sources) -> AwbStats:
+def _linear(pixels: Array, path: Path | None, name: str, sources: Sources, cells: int) -> AwbStats:
     cube = _is_cube(pixels, path)
     black, white = _levels(pixels, path, sources, cube)
-    valid = _valid(pixels, sources.mask, cube)
-    return stats.of_linear(pixels, black, white, valid)
+    valid = _valid(pixels, sources.mask, cube, name)
+    found = stats.of_linear(pixels, black, white, valid, cells)
+    return _noted(found, "" if cube else _assumed(pixels, path, sources))
+
+
+def _assumed(pixels: Array, path: Path | None, sources: Sources) -> str:
+    """Return what to say of a PNG that nothing but its depth tells to be linear."""
+    if sources.domain != "auto" or (path and (_beside(path, _LEVELS) or _beside(path, _GT))):
+        return ""
+    if pixels.shape[:2] in STATISTICS_SIZES:
+        return (
+            "it looks like statistics of a Raspberry Pi camera, whose name tells sensor and light "
+            "(photographer,sensor,scene,CT,lux,CT.png); without that it is read as a plain frame"
+        )
+    if max(sources.black, sources.white) >= 0:
+        return ""
+    return "taken as linear camera data; --domain srgb if it is a photo"
 
 
 def _corner(pixels: Array) -> Array:
@@ -326,22 +444,45 @@ def _told_levels(path: Path) -> tuple[float, float]:
         raise ImgtoolError(f"{path} does not say black and white", hint) from None
 
 
-def _valid(pixels: Array, mask: str, cube: bool) -> npt.NDArray[np.bool_] | None:
+def _valid(pixels: Array, mask: str, cube: bool, name: str) -> npt.NDArray[np.bool_] | None:
     """Return which pixels count, None for all."""
-    if mask == "none":
+    if mask == "auto" and not cube:
+        return np.asarray((pixels[..., 0] != 0) | (pixels[..., 1] != 0) | (pixels[..., 2] != 0))
+    return _outside("cube" if mask == "auto" else mask, pixels.shape, name)
+
+
+def _outside(mask: str, shape: tuple[int, ...], name: str) -> npt.NDArray[np.bool_] | None:
+    """Return which pixels lie outside of a rectangle, None where there is none."""
+    box = _box(mask, shape, name)
+    if box is None:
         return None
-    valid = np.ones(pixels.shape[:2], np.bool_)
-    if mask == "cube" or (mask == "auto" and cube):
-        _corner(valid)[...] = False
-    elif mask == "auto":
-        valid = (pixels[..., 0] != 0) | (pixels[..., 1] != 0) | (pixels[..., 2] != 0)
-    else:
-        valid[_rectangle(mask)] = False
+    valid = np.ones(shape[:2], np.bool_)
+    valid[box] = False
     return valid
 
 
-def _rectangle(text: str) -> tuple[slice, slice]:
-    match = re.fullmatch(r"\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*", text)
+def _box(mask: str, shape: tuple[int, ...], name: str) -> tuple[slice, slice] | None:
+    """Return the rows and columns that do not count, None where there are none."""
+    high, wide = shape[:2]
+    if mask == "cube":
+        top, left = high - round(high * CUBE_CORNER[0]), wide - round(wide * CUBE_CORNER[1])
+        return slice(top, high), slice(left, wide)
+    box = rectangle(mask)
+    if box and not (box[0].start < high and box[1].start < wide):
+        what = f"--mask {mask} lies outside of {name}, which has {wide}×{high} pixels"
+        raise ImgtoolError(what, "x and y count from the top left", USAGE)
+    return box
+
+
+def rectangle(text: str) -> tuple[slice, slice] | None:
+    """Return the rows and columns that ``--mask`` names, None for one of its words.
+
+    Raises:
+        ImgtoolError: Code 2: it is neither a word nor x,y,w,h with w and h of at least 1.
+    """
+    if text in _WORDS:
+        return None
+    match = re.fullmatch(r"\s*(\d+)\s*,\s*(\d+)\s*,\s*0*([1-9]\d*)\s*,\s*0*([1-9]\d*)\s*", text)
     if not match:
         raise ImgtoolError(f"--mask {text} is not understood", "give auto, none, cube or x,y,w,h", USAGE)
     left, top, wide, high = map(int, match.groups())
@@ -373,10 +514,14 @@ def load_tuning(path: Path) -> Tuning:
 
 def _with_tuning(found: AwbStats, sources: Sources) -> AwbStats:
     """Take the camera of the tuning file that is given; what else is known of it stays."""
-    if sources.tuning is None or sources.tuning.is_dir():
+    if sources.tuning is None:
         return found
+    if sources.tuning.is_dir():
+        note = "no tuning is taken: which sensor the frame is of, is not known; let --tuning name the file"
+        return _noted(found, note)
     camera = _tuned(load_tuning(sources.tuning), found.camera.name)
-    return found.changed(camera=replace(camera, xyz_to_camera=found.camera.xyz_to_camera))
+    own = found.camera
+    return found.changed(camera=replace(camera, xyz_to_camera=own.xyz_to_camera, matrices=own.matrices))
 
 
 @lru_cache(maxsize=64)
@@ -447,33 +592,39 @@ def srgb_camera() -> Camera:
     return Camera("sRGB", Locus.of_matrix(XYZ_TO_SRGB))
 
 
-def _photo(source: Path | bytes, name: str) -> AwbStats:
+def _photo(source: Path | bytes, name: str, mask: str, cells: int) -> AwbStats:
     from imgtool import images
 
-    return of_photo(images.read(source, name, _LEAST), name)
+    least = _LEAST if rectangle(mask) is None and cells == stats.CELLS else 0
+    return of_photo(images.read(source, name, least), name, mask, cells)
 
 
-def of_photo(photo: Photo, name: str) -> AwbStats:
+def of_photo(photo: Photo, name: str, mask: str = "none", cells: int = stats.CELLS) -> AwbStats:
     """Average a rendered photo: sRGB inverted (IEC 61966-2-1), without highlights and deep shadows.
 
     Args:
         photo: The photo; pixels that are clear through do not count.
         name: What messages call it.
+        mask: The setting of that name; "auto" takes nothing out.
+        cells: About how many cells.
 
     Raises:
-        ImgtoolError: It is grey.
+        ImgtoolError: It is grey; or code 2 for a mask outside of it.
     """
     from imgtool import images
 
     if photo.grey:
         raise _grey(name)
-    grid = Grid.of(photo.pixels.shape[0], photo.pixels.shape[1])
+    grid = Grid.of(photo.pixels.shape[0], photo.pixels.shape[1], cells)
+    outside = None if mask == "auto" else _outside(mask, photo.pixels.shape, name)
     values = np.clip(np.nan_to_num(images.to_float(grid.planes(photo.pixels))), 0, 1)
     linear = np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
     peak = values.max(0)
     counts = (peak <= LIGHTEST) & (peak >= DARKEST)
     if photo.alpha is not None:
         counts &= grid.sampled(photo.alpha) > 0
+    if outside is not None:
+        counts &= grid.sampled(outside)
     found = stats.of_samples(linear.astype(np.float32), counts, grid.side)
     share = float((peak > LIGHTEST).mean())
     return found.changed(camera=srgb_camera(), domain="srgb", saturated=share, name=name)
@@ -521,7 +672,7 @@ def dataset(folder: Path, sources: Sources) -> list[Entry]:
 
 def _entry_read(path: Path, sources: Sources, camera: Camera | str, more: Mapping[str, Any]) -> AwbStats:
     """Read a frame, with what a table says of it; a camera of which only the name is said keeps its facts."""
-    found = read(path, str(path), sources)
+    found = read(path, str(path), sources, cells_for(sources))
     if isinstance(camera, str):
         camera = replace(found.camera, name=found.camera.name or camera)
     return found.changed(camera=camera, **more)

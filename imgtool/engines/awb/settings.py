@@ -70,13 +70,13 @@ class Sources(Settings):
     mask: str = setting(
         "auto",
         "What does not count: auto (Cube++'s cube where the data set is Cube++, else pixels that are zero), "
-        "none, cube, or x,y,w,h in pixels.",
+        "none, cube, or x,y,w,h in pixels: of a RAW file's mosaic as it lies, of a photo upright.",
         panel=DATA,
     )
     domain: Literal["auto", "raw", "srgb"] = setting(
         "auto",
         "What frames are: raw (linear, the camera's colours), srgb (rendered photos), or auto (camera RAW, "
-        "16-bit PNG and statistics are raw, other photos srgb).",
+        "statistics and 16-bit PNG that say nothing of how they are shown are raw, other photos srgb).",
         panel=DATA,
     )
 

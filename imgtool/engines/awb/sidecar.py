@@ -44,14 +44,26 @@ def write(text: str, facts: Mapping[str, Any], stats: AwbStats, watch: Watch) ->
         text: What ``--export`` said.
         facts: What was found.
         stats: The frame.
-        watch: Names its source and the place of the files: an XMP that is there keeps what else it says.
+        watch: Names its source and the files that are wanted: an XMP that is there keeps what else it says.
 
     Raises:
         ImgtoolError: An XMP is asked for where it cannot be right, or would replace one that is broken.
     """
     makers = {"json": lambda: _json(facts), "libcamera": lambda: _libcamera(facts)}
     makers["xmp"] = lambda: _xmp(facts, stats, watch)
-    return {SUFFIXES[form]: makers[form]() for form in forms(text)}
+    wanted = [form for form in forms(text) if watch.beside is None or SUFFIXES[form] in watch.beside]
+    return {SUFFIXES[form]: makers[form]() for form in wanted}
+
+
+def unfit(suffix: str, source: Path) -> str:
+    """Return why a file beside makes no sense for an input, "" where it does."""
+    from imgtool.engines.awb import reading
+
+    try:
+        fits = suffix != SUFFIXES["xmp"] or reading.is_raw(source, str(source))
+    except ImgtoolError:  # which is said when its turn comes
+        return ""
+    return "" if fits else "raw converters read XMP of camera RAW alone"
 
 
 def _json(record: Mapping[str, Any]) -> bytes:
@@ -68,7 +80,8 @@ def _xmp(facts: Mapping[str, Any], stats: AwbStats, watch: Watch) -> bytes:
     temperature, tint = _adobe(facts, stats, watch.source)
     from imgtool.images import metadata
 
-    place = watch.place and outputs.beside(watch.place, SUFFIXES["xmp"])
+    suffix = SUFFIXES["xmp"]
+    place = watch.beside[suffix] if watch.beside else watch.place and outputs.beside(watch.place, suffix)
     older = files.read(place) if place and place.exists() else None
     told = {"WhiteBalance": "Custom", "Temperature": str(temperature), "Tint": f"{tint:+d}" if tint else "0"}
     packet = metadata.with_xmp_properties(older, *CRS, told)

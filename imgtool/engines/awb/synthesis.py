@@ -9,7 +9,6 @@ after. Split by photograph, never by sample: what is drawn is a function of a se
 from __future__ import annotations
 
 import csv
-import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -158,10 +157,9 @@ def _index(folder: Path) -> Mapping[str, str]:
 def source_of(path: Path) -> str:
     """Return the name of the photograph that a file is a view of: what a split keeps together.
 
-    As ``index.tsv`` beside it says (columns file and from), else the file's name without a number of one
-    or two digits at its end.
+    As ``index.tsv`` beside it says (columns file and from), else the stem of the file's own name.
     """
-    return _index(path.parent).get(path.name) or re.sub(r"(?<=.)[-_]\d{1,2}$", "", path.stem)
+    return _index(path.parent).get(path.name) or path.stem
 
 
 def linear(path: Path, least: int) -> Array:

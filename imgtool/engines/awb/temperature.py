@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from imgtool.engines.awb.camera import Camera
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float64]
@@ -41,6 +44,10 @@ _MIRED, _UV = ISOTHERMS[:, 0], ISOTHERMS[:, 1:3]
 _ACROSS = np.stack([np.ones(len(ISOTHERMS)), ISOTHERMS[:, 3]], 1) / np.hypot(1, ISOTHERMS[:, 3:])
 
 
+_START = 5000.0
+_PASSES, _NEAR = 30, 1e-3
+
+
 class Light(NamedTuple):
     """The colour of a light.
 
@@ -55,17 +62,31 @@ class Light(NamedTuple):
     duv: float
 
 
-def of_white(r: float, b: float, xyz_to_camera: Array | None) -> Light | None:
+def of_white(r: float, b: float, camera: Camera) -> Light | None:
     """Return the light under which white has R/G = r and B/G = b.
+
+    A camera with matrices for several lights needs the light to have the matrix and the matrix to have the
+    light, so one is found from the other in turn: DNG Specification 1.7, chapter 6. Where that swings
+    between two lights, the answer lies midway, in mired.
 
     Args:
         r: R/G.
         b: B/G.
-        xyz_to_camera: ``(3, 3)`` as DNG's ColorMatrix; None where it is not known.
+        camera: What made the numbers.
 
     Returns:
-        The light; None without a matrix, or where to the matrix this is no colour of a light.
+        The light; None where the camera has no matrix, or to its matrix this is no colour of a light.
     """
+    kelvin, before = _START, _START
+    for _ in range(_PASSES if camera.matrices else 1):
+        light = _seen(r, b, camera.matrix(kelvin))
+        if light is None or abs(1e6 / light.ct - 1e6 / kelvin) < _NEAR:
+            return light
+        before, kelvin = kelvin, light.ct
+    return _seen(r, b, camera.matrix(2 / (1 / before + 1 / kelvin)))
+
+
+def _seen(r: float, b: float, xyz_to_camera: Array | None) -> Light | None:
     if xyz_to_camera is None:
         return None
     try:
@@ -96,24 +117,6 @@ def of_uv(u: float, v: float) -> Light:
     mired, locus, across = _between(after - 1, share)
     duv = -float((np.array([u, v]) - locus) @ across)
     return Light(1e6 / max(mired, 1e-3), TINT * duv, duv)
-
-
-def white_of(ct: float, tint: float, xyz_to_camera: Array) -> tuple[float, float]:
-    """Return R/G and B/G of white under a light: the inverse of ``of_white``.
-
-    Args:
-        ct: Correlated colour temperature in kelvin, 1667 at least.
-        tint: Adobe's tint.
-        xyz_to_camera: ``(3, 3)`` as DNG's ColorMatrix.
-    """
-    mired = min(max(1e6 / ct, _MIRED[0]), _MIRED[-1])
-    before = min(int(np.searchsorted(_MIRED, mired, side="right")) - 1, len(_MIRED) - 2)
-    _, locus, across = _between(before, (mired - _MIRED[before]) / (_MIRED[before + 1] - _MIRED[before]))
-    u, v = locus - tint / TINT * across
-    total = 2 * u - 8 * v + 4
-    x, y = 3 * u / total, 2 * v / total
-    red, green, blue = np.asarray(xyz_to_camera, np.float64) @ [x / y, 1.0, (1 - x - y) / y]
-    return float(red / green), float(blue / green)
 
 
 def _between(before: int, share: float) -> tuple[float, Floats, Floats]:

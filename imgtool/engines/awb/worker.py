@@ -210,13 +210,13 @@ def core(order: Mapping[str, Any]) -> dict[str, Any]:
     net = network(Path(order["weights"]), order["runtime"], order["file"])
     phases.end("load")
     seen, frame = frames(), np.empty((*FRAME, 3), np.uint16)
-    gains = {}
+    gains, cells = {}, _cells(net)
 
     def fill(number: int) -> None:
         frame[...] = seen[number % DISTINCT]
 
     def work(number: int) -> None:
-        r, b, _ = estimate.white(net, stats.of_linear(frame, 0, WHITE))
+        r, b, _ = estimate.white(net, stats.of_linear(frame, 0, WHITE, cells=cells))
         gains[number % DISTINCT] = [1 / r, 1 / b]
 
     fill(0)
@@ -238,14 +238,21 @@ def _counts(name: str) -> bool:
     return "running_" not in name and "num_batches" not in name
 
 
+def _cells(net: Net) -> int:
+    """Return how many cells a network sees: the original's as many as its input has pixels."""
+    from imgtool.engines.awb import stats
+
+    return net.shape.height * net.shape.width if net.shape.arch == "deepawb" else stats.CELLS
+
+
 def _inputs(net: Net, seen: Sequence[Array]) -> list[Array]:
     """Return what the network sees of the frames; of a large one, of two."""
     from imgtool.engines.awb import features, stats
     from imgtool.engines.awb.camera import GENERIC
 
     if net.shape.arch != "hist":
-        shape = net.shape.height, net.shape.width
-        return [features.picture(stats.of_linear(each, 0, WHITE), *shape) for each in seen[:2]]
+        shape, cells = (net.shape.height, net.shape.width), _cells(net)
+        return [features.picture(stats.of_linear(each, 0, WHITE, cells=cells), *shape) for each in seen[:2]]
     space = features.Space.of(GENERIC)
     return [features.histograms(features.points(stats.of_linear(each, 0, WHITE), space)) for each in seen]
 
@@ -259,15 +266,16 @@ def command(order: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         ``cpu``: seconds of this process and of those that it waited for. ``own_mb``: its peak resident
         memory. ``child_mb``: the largest peak of a process that it waited for, 0 where there was
-        none. ``peak_mb``: the larger of both. ``code`` and ``record``: what the command
-        returned and said last.
+        none. ``shared_mb``: how much of its memory that process got from this one by a fork.
+        ``peak_mb``: the larger of both peaks. ``sum_mb``: both, what they share counted once.
+        ``code`` and ``record``: what the command returned and said last.
     """
     import contextlib
     import io
     import resource
     import runpy
 
-    said, code = io.StringIO(), 0
+    said, code, shared = io.StringIO(), 0, _shared()
     sys.argv[:] = ["imgtool", *order["words"]]
     with contextlib.redirect_stdout(said):
         try:
@@ -277,14 +285,33 @@ def command(order: Mapping[str, Any]) -> dict[str, Any]:
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
     unit = 1 if sys.platform == "darwin" else 1024
     own, child = peak_mb(), children.ru_maxrss * unit / 1e6
+    common = max(shared, default=0.0)
     return {
         "cpu": time.process_time() + children.ru_utime + children.ru_stime,
         "own_mb": own,
         "child_mb": child,
+        "shared_mb": common,
         "peak_mb": max(own, child),
+        "sum_mb": own + child - common,
         "code": code,
         "record": json.loads((said.getvalue().splitlines() or ["{}"])[-1]),
     }
+
+
+def _shared() -> list[float]:
+    """Return a list that gets the memory in MB that each decoder of camera RAW shares with this process."""
+    from imgtool.engines.awb import mosaic
+
+    found: list[float] = []
+    read = mosaic.read
+
+    def noted(*args: Any, **values: Any) -> Any:
+        stats = read(*args, **values)
+        found.append(stats.about.get("shared_mb", 0.0))
+        return stats
+
+    mosaic.read = noted
+    return found
 
 
 TASKS: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {"core": core, "command": command}
