@@ -221,6 +221,7 @@ def lab(weights: Path, **settings: Any) -> bench.Lab:
     return bench.Lab(ENGINE, Bench(weights=str(weights), threads=1, **settings), Console(quiet=True))
 
 
+@pytest.mark.slow
 def test_a_real_measurement(weights: Path) -> None:
     held = np.ones(150_000_000, np.uint8)  # the parent's memory is not the child's
     subjects = [
@@ -246,6 +247,7 @@ def test_the_peak_is_that_of_this_process_alone() -> None:
     assert 195 < peak - base < 215
 
 
+@pytest.mark.slow
 def test_a_subject_that_cannot_be_measured(weights: Path) -> None:
     wrong = Subject("seed in tiles", 64, 96, model={"arch": "unet-seed"}, settings={"tile": 32})
     with pytest.raises(

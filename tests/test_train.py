@@ -106,6 +106,12 @@ def _threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch waits five seconds for a worker to end by itself before it ends it."""
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)
+
+
 def go(engine: Engine, settings: Train) -> int:
     return train.run(engine, settings, Console(json=True))
 
@@ -216,6 +222,7 @@ def _stopped_and_resumed(photographs: Path, unbroken: Path, folder: Path, number
     assert_same_run(folder, unbroken)
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_the_resumed_run_ends_at_the_same_bits(
     photographs: Path, unbroken: Path, tmp_path: Path
 ) -> None:
