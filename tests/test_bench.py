@@ -237,6 +237,7 @@ def test_a_real_measurement(weights: Path) -> None:
     assert bench.peak_mb() > held.nbytes / 1e6
 
 
+@pytest.mark.slow
 def test_the_peak_is_that_of_this_process_alone() -> None:
     code = (
         "from imgtool.bench import peak_mb; import sys\n"

@@ -44,8 +44,15 @@ NETWORKS = [
 HEAVY = ("torch", "numpy", "cv2", "PIL", "rawpy", "matplotlib", "jinja2", "tifffile", "safetensors")
 
 names = pytest.mark.parametrize("name", engines.SUMMARY)
+TWINS = ("original",)
+"""Networks that differ from another one here in their last layers alone: tested with the slow tests."""
+
 networks = pytest.mark.parametrize(
-    ("name", "model"), [(name, model) for name, _, model in NETWORKS], ids=[word for _, word, _ in NETWORKS]
+    ("name", "model"),
+    [
+        pytest.param(name, model, id=word, marks=[pytest.mark.slow] * (word in TWINS))
+        for name, word, model in NETWORKS
+    ],
 )
 
 

@@ -237,6 +237,7 @@ def test_curves_leave_gaps_where_a_score_is_not_finite(tmp_path):
     assert 0 < changed.mean() < 0.01
 
 
+@pytest.mark.slow
 def test_curves_take_all_that_is_not_finite_alike(tmp_path):
     drawn = set()
     for number, value in enumerate([math.nan, math.inf, -math.inf, None, "broken"]):

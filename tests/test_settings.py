@@ -183,6 +183,7 @@ def one_value(kind: Any, limits: dict[str, Any]) -> st.SearchStrategy[Any]:
 
 
 @pytest.mark.parametrize("command", list(commands()), ids=lambda command: command.words)
+@pytest.mark.slow
 def test_settings_survive_the_way_through_toml(command: Any) -> None:
     cls = command.settings
 

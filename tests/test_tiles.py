@@ -381,6 +381,7 @@ def test_tiles_are_quartered_when_memory_ends(fault: Callable[[], BaseException]
 
 
 @given(SIZES, SIZES, st.integers(110, 300), st.sampled_from([1, 8, 16]))
+@pytest.mark.slow
 def test_quartered_tiles_are_the_whole_photo(height: int, width: int, edge: int, multiple: int) -> None:
     facts = TileFacts(multiple, border=multiple)
     image = picture(height, width)

@@ -122,6 +122,7 @@ def test_what_synth_writes_is_a_data_set_without_faults(cards: Path) -> None:
     assert preview.shape[0] > 100
 
 
+@pytest.mark.slow
 def test_the_same_seed_writes_the_same_files_and_a_greater_count_goes_on(cards: Path) -> None:
     synth(2, "whole", seed=5)
     synth(1, "grown", seed=5)

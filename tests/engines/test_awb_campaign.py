@@ -145,6 +145,7 @@ def test_errors_are_those_of_the_estimates_written(frames: list[AwbStats], tmp_p
     assert (tmp_path / "errors.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_a_second_call_trains_nothing_again(
     frames: list[AwbStats], tmp_path: Path, undrawn: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

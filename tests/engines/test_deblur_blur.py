@@ -284,6 +284,7 @@ def test_the_share_of_the_untouched() -> None:
         assert blur.degrade(small, random(seed), blur.Severity(untouched=0.0))[1].kind != "none"
 
 
+@pytest.mark.slow
 def test_every_kind_comes_in_its_share() -> None:
     small = picture(96)
     severity = blur.Severity(untouched=0.0)

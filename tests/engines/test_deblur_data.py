@@ -392,6 +392,7 @@ def _far_away(samples: data.Samples, numbers: Sequence[int]) -> list[bytes]:
     return [b"".join(part.numpy().tobytes() for part in samples[number]) for number in numbers]
 
 
+@pytest.mark.slow
 def test_a_spawned_process_makes_the_same_samples(tmp_path: Path) -> None:
     samples = data.load(settings(photos=(photos(tmp_path),)))[0]
     here = drawn(samples, 3)  # and its pictures are decoded now

@@ -91,6 +91,7 @@ def test_nothing_reaches_further_than_the_halo() -> None:
     assert max(reached) > halo // 2  # it does look around
 
 
+@pytest.mark.slow
 def test_the_original_reaches_everything() -> None:
     """Its normalisation does: why it is never cut into tiles."""
     net = network("unet-seed")

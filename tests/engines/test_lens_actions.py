@@ -121,6 +121,7 @@ def test_the_seed_decides_and_a_greater_count_goes_on() -> None:
     assert content("out") == content("whole")
 
 
+@pytest.mark.slow
 def test_an_interrupted_call_goes_on() -> None:
     photos()
     synth(out="whole")
@@ -263,6 +264,7 @@ def test_the_percentiles_of_labels() -> None:
     assert all(cv2.imread(path) is not None for path in record["plots"])
 
 
+@pytest.mark.slow
 def test_the_percentiles_of_a_table() -> None:
     Path("made").mkdir()
     lines = [

@@ -288,6 +288,7 @@ def test_it_says_the_same_of_a_photo_of_any_type(kind: str) -> None:
     assert (mean.dtype, root.dtype) == (np.float64, np.float64)
 
 
+@pytest.mark.slow
 def test_it_can_be_exported() -> None:
     net = build().eval()
     net.features = nn.Conv2d(3, network.CHANNELS, 32, 32)

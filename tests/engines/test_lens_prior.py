@@ -69,6 +69,7 @@ def test_p1_and_p2_have_the_spread_asked_for() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.slow
 def test_no_draw_folds_and_all_reach_the_corners(kind: prior.Kind) -> None:
     rng = np.random.default_rng(1)
     for number in range(300):
