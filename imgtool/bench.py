@@ -22,6 +22,7 @@ from imgtool import checkpoint, engines, files, images
 from imgtool.console import plain
 from imgtool.engine import Engine, Subject, Timing, Watch
 from imgtool.errors import DONE, FAILED, ImgtoolError
+from imgtool.memory import peak_mb
 from imgtool.settings import Bench, make
 
 if TYPE_CHECKING:
@@ -161,21 +162,6 @@ def _best(timings: Sequence[Timing]) -> Timing:
         max(t.peak_mb for t in timings),
         min(t.base_mb for t in timings),
     )
-
-
-def peak_mb() -> float:
-    """Return the peak resident memory of this process in MB (10^6 bytes).
-
-    VmHWM where there is /proc: ``ru_maxrss`` counts what the parent had before exec.
-    """
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        import resource
-
-        unit = 1e6 if sys.platform == "darwin" else 1e3
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024 / 1e6
 
 
 def child(order: Mapping[str, Any]) -> dict[str, float]:

@@ -12,7 +12,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,7 +72,7 @@ def render(path: Path, gains: Sequence[float] = ()) -> npt.NDArray[np.uint16]:
     Raises:
         ImgtoolError: Truncated, not a supported RAW, corrupt, or the decoder crashed.
     """
-    _refuse_headerless(path)
+    refuse_headerless(path)
     with tempfile.TemporaryDirectory(prefix="imgtool-") as folder:
         target = Path(folder, "pixels.npy")
         command = [sys.executable, "-m", "imgtool.raw", str(path.absolute()), str(target)]
@@ -117,8 +118,12 @@ def _reported(stdout: bytes) -> ImgtoolError | None:
     return ImgtoolError(report["what"], report["hint"]) if isinstance(report, dict) else None
 
 
-def _refuse_headerless(path: Path) -> None:
-    """Refuse a ``.raw`` without a header: LibRaw would guess a camera from its size."""
+def refuse_headerless(path: Path) -> None:
+    """Refuse a ``.raw`` without a header: LibRaw would guess a camera from its size.
+
+    Raises:
+        ImgtoolError: So; or there is no such file, or it is empty.
+    """
     try:
         with path.open("rb") as file:
             head = file.read(64)
@@ -161,6 +166,26 @@ def _check_levels(raw: rawpy.RawPy, path: Path) -> None:
         raise ImgtoolError(what, "copy the file again from the card")
 
 
+@contextmanager
+def faults(path: Path) -> Iterator[None]:
+    """Turn what LibRaw raises of a file into ``ImgtoolError`` in our words."""
+    import rawpy
+
+    try:
+        yield
+    except rawpy.LibRawFileUnsupportedError:
+        hint = "convert it to DNG, TIFF or JPEG with the camera maker's software"
+        raise ImgtoolError(f"{path} is not a camera RAW that LibRaw knows, or is cut short", hint) from None
+    except rawpy.LibRawIOError:
+        raise ImgtoolError(f"{path} is truncated", "copy the file again from the card") from None
+    except rawpy.LibRawError as fault:
+        said = fault.args[0] if fault.args else type(fault).__name__
+        words = said.decode("utf-8", "replace") if isinstance(said, bytes) else str(said)
+        raise ImgtoolError(
+            f"cannot decode {path}: {words.lower()}", "copy the file again, or convert it"
+        ) from None
+
+
 def develop(path: Path, gains: Sequence[float] = ()) -> npt.NDArray[np.uint16]:
     """Render in this process, which a broken file may crash; see ``render``.
 
@@ -176,30 +201,18 @@ def develop(path: Path, gains: Sequence[float] = ()) -> npt.NDArray[np.uint16]:
     """
     import rawpy
 
-    try:
-        with rawpy.imread(str(path)) as raw:
-            _check_levels(raw, path)
-            balance = {"user_wb": [*gains, gains[1]]} if gains else _white_balance(raw)
-            pixels: npt.NDArray[Any] = raw.postprocess(
-                **balance,
-                no_auto_bright=True,
-                adjust_maximum_thr=0.0,
-                gamma=(2.4, 12.92),
-                output_color=rawpy.ColorSpace.sRGB,
-                output_bps=16,
-            )
-            return pixels
-    except rawpy.LibRawFileUnsupportedError:
-        hint = "convert it to DNG, TIFF or JPEG with the camera maker's software"
-        raise ImgtoolError(f"{path} is not a camera RAW that LibRaw knows, or is cut short", hint) from None
-    except rawpy.LibRawIOError:
-        raise ImgtoolError(f"{path} is truncated", "copy the file again from the card") from None
-    except rawpy.LibRawError as fault:
-        said = fault.args[0] if fault.args else type(fault).__name__
-        words = said.decode("utf-8", "replace") if isinstance(said, bytes) else str(said)
-        raise ImgtoolError(
-            f"cannot decode {path}: {words.lower()}", "copy the file again, or convert it"
-        ) from None
+    with faults(path), rawpy.imread(str(path)) as raw:
+        _check_levels(raw, path)
+        balance = {"user_wb": [*gains, gains[1]]} if gains else _white_balance(raw)
+        pixels: npt.NDArray[Any] = raw.postprocess(
+            **balance,
+            no_auto_bright=True,
+            adjust_maximum_thr=0.0,
+            gamma=(2.4, 12.92),
+            output_color=rawpy.ColorSpace.sRGB,
+            output_bps=16,
+        )
+    return pixels
 
 
 def main(source: str, target: str, *gains: str) -> int:

@@ -6,9 +6,10 @@ order, so that data order survives worker processes and a resumed run.
 
 from __future__ import annotations
 
+import csv
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -16,6 +17,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from imgtool import files
 from imgtool.errors import USAGE, ImgtoolError
 from imgtool.images import READABLE
 
@@ -109,6 +111,24 @@ def pictures_in(folder: Path) -> list[Path]:
 def distinct(folders: Sequence[Path]) -> dict[Path, Path]:
     """Return the pictures of folders, each once though folders overlap: resolved path to path."""
     return {path.resolve(): path for folder in folders for path in pictures_in(folder)}
+
+
+@lru_cache(maxsize=64)
+def _index(folder: Path) -> Mapping[str, str]:
+    """Return file to "from" of a folder's ``index.tsv``; {} where there is none."""
+    path = folder / "index.tsv"
+    if not path.exists():
+        return {}
+    rows = csv.DictReader(files.read(path).decode(errors="replace").splitlines(), delimiter="\t")
+    return {row["file"]: row["from"] for row in rows if row.get("file") and row.get("from")}
+
+
+def indexed_source(path: Path) -> str:
+    """Return the photograph that a file is a view of, as ``index.tsv`` beside it says, "" where it does not.
+
+    The table has the columns file and from.
+    """
+    return _index(path.parent).get(path.name, "")
 
 
 def held(name: str, share: float = HELD_OUT) -> bool:

@@ -186,8 +186,7 @@ def by_method(name: str, stats: AwbStats, settings: Infer) -> White:
 def decided(net: Net | None, stats: AwbStats, settings: Infer, say: Callable[[str], None]) -> Answer:
     """Return the white by the method of the settings; where the network is not sure, by the fallback.
 
-    Of a camera of which nothing is known, the geometric mean of both is better than either (measured on
-    held-out frames whose red and blue were changed at random).
+    Of a camera of which nothing is known, the geometric mean of both is taken: docs/awb.md has the errors.
 
     Args:
         net: The network; None where the method needs none.

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from imgtool.errors import USAGE, ImgtoolError
+from imgtool.memory import peak_mb
 
 Structure = Mapping[str, Any]
 """A network's shape: "channels", "kernels" and "strides" of the blocks, "widths" of the MLP's hidden layers,
@@ -27,6 +28,7 @@ Structure = Mapping[str, Any]
 SOURCES = (
     "imgtool/__init__.py",
     "imgtool/errors.py",
+    "imgtool/memory.py",
     "imgtool/engines/__init__.py",
     "imgtool/engines/awb/__init__.py",
     "imgtool/engines/awb/camera.py",
@@ -301,18 +303,6 @@ def _spent(work: Callable[[], None]) -> float:
     begun = time.process_time()
     work()
     return 1e3 * (time.process_time() - begun)
-
-
-def peak_mb() -> float:
-    """Return the peak resident memory of this process in 10^6 bytes: VmHWM where there is /proc."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        import resource
-
-        unit = 1e6 if sys.platform == "darwin" else 1e3
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024 / 1e6
 
 
 def answer(order: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,8 +16,8 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -28,6 +28,7 @@ from imgtool import raw as render
 from imgtool.engines.awb.camera import DAYLIGHT, GENERIC, Camera, Locus
 from imgtool.engines.awb.stats import SATURATED, AwbStats, Grid, of_samples, saturation
 from imgtool.errors import FAILED, ImgtoolError
+from imgtool.memory import resident_mb
 
 if TYPE_CHECKING:
     import rawpy
@@ -80,30 +81,13 @@ def read(path: Path, name: str = "", timeout: float = render.TIMEOUT) -> AwbStat
             decoder crashed.
     """
     try:
-        _refuse_headerless(path)
+        render.refuse_headerless(path)
         forks = hasattr(os, "fork") and "torch" not in sys.modules
         data = _forked(path, timeout) if forks else _fresh(path, timeout)
     except ImgtoolError as fault:
         what = fault.what.replace(str(path.absolute()), str(path)).replace(str(path), name or str(path))
         raise ImgtoolError(what, fault.hint, fault.code) from None
     return _unpacked(data).changed(name=name or str(path))
-
-
-def _refuse_headerless(path: Path) -> None:
-    """Refuse a ``.raw`` without a header: LibRaw would guess a camera from its size."""
-    from imgtool.files import unreadable
-
-    try:
-        with path.open("rb") as file:
-            head = file.read(64)
-    except OSError as fault:
-        raise unreadable(path, fault) from None
-    if not head:
-        raise ImgtoolError(f"{path} is empty", "copy the file again")
-    known = render.has_signature(head) or head[:4] in (b"II*\0", b"MM\0*")
-    if path.suffix.lower() == ".raw" and not known:
-        what = f"{path} has no header: its size, pattern and levels are unknown"
-        raise ImgtoolError(what, "give the camera's own file (DNG, CR2, NEF, ...) or a rendered photo")
 
 
 def _crashed(path: Path, how: str = "decoding crashed") -> ImgtoolError:
@@ -257,7 +241,7 @@ def _answer(path: Path, writer: int) -> None:
     """Write the statistics of a file, or what is wrong with it, and end the process."""
     status = FAILED
     try:
-        shared = _memory("VmRSS")
+        shared = resident_mb("VmRSS")
         nowhere = os.open(os.devnull, os.O_WRONLY)
         for stream in (1, 2):  # LibRaw speaks of its own accord
             os.dup2(nowhere, stream)
@@ -274,20 +258,10 @@ def _answer(path: Path, writer: int) -> None:
         os._exit(status)
 
 
-def _memory(name: str) -> float | None:
-    """Return a figure of this process's memory in 10^6 bytes, None where the system does not tell."""
-    try:
-        text = Path("/proc/self/status").read_text(encoding="ascii")
-    except OSError:
-        return None
-    found = [line.split()[1] for line in text.splitlines() if line.startswith(name + ":")]
-    return int(found[0]) * 1024 / 1e6 if found else None
-
-
 def _packed(stats: AwbStats, shared: float | None = None) -> bytes:
     """Return statistics as a line of JSON, the numbers of the cells, and a last line feed."""
     matrix = stats.camera.xyz_to_camera
-    memory = {"peak_mb": _memory("VmHWM"), "shared_mb": shared}
+    memory = {"peak_mb": resident_mb("VmHWM"), "shared_mb": shared}
     head = {
         "shape": stats.coverage.shape,
         "camera": stats.camera.name,
@@ -302,32 +276,11 @@ def _packed(stats: AwbStats, shared: float | None = None) -> bytes:
     return json.dumps(head).encode() + b"\n" + numbers + b"\n"
 
 
-@contextmanager
-def _faults(path: Path) -> Iterator[None]:
-    """Say the faults of LibRaw in words."""
-    import rawpy
-
-    again = "copy the file again from the card"
-    try:
-        yield
-    except rawpy.LibRawFileUnsupportedError:
-        hint = "convert it to DNG, TIFF or JPEG with the camera maker's software"
-        raise ImgtoolError(f"{path} is not a camera RAW that LibRaw knows, or is cut short", hint) from None
-    except rawpy.LibRawIOError:
-        raise ImgtoolError(f"{path} is truncated", again) from None
-    except rawpy.LibRawError as fault:
-        said = fault.args[0] if fault.args else type(fault).__name__
-        words = said.decode("utf-8", "replace") if isinstance(said, bytes) else str(said)
-        raise ImgtoolError(
-            f"cannot decode {path}: {words.lower()}", "copy the file again, or convert it"
-        ) from None
-
-
 def decode(path: Path) -> AwbStats:
     """Average a camera RAW in this process, which a broken file may crash; see ``read``."""
     import rawpy
 
-    with _faults(path), rawpy.imread(str(path)) as raw:
+    with render.faults(path), rawpy.imread(str(path)) as raw:
         places = _places(raw, path)
         return _averaged(raw, places, path).changed(camera=_identity(raw, path), about=_about(raw))
 

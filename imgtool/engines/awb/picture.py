@@ -131,6 +131,7 @@ def correct(pixels: Pixels, white: White) -> Pixels:
     gains = np.log(float(LUMINANCE @ light) / light).astype(np.float32)
 
     def change(strip: Array) -> Array:
+        """Return rows ``(h, W, 3)`` in display light, 0..1, with the gains; fading towards clipping."""
         from imgtool.images import to_float
 
         values = linear(np.nan_to_num(to_float(strip)))

@@ -8,8 +8,7 @@ after. Split by photograph, never by sample: what is drawn is a function of a se
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +17,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from imgtool import files, images, samples
+from imgtool import images, samples
 from imgtool.engines.awb import stats
 from imgtool.engines.awb.camera import Camera
 from imgtool.engines.awb.imagined import imagine
@@ -144,22 +143,9 @@ def photographs(folders: Sequence[Path]) -> list[Path]:
     return sorted(found)
 
 
-@lru_cache(maxsize=64)
-def _index(folder: Path) -> Mapping[str, str]:
-    """Return file to "from" of a folder's ``index.tsv``; {} where there is none."""
-    path = folder / "index.tsv"
-    if not path.exists():
-        return {}
-    rows = csv.DictReader(files.read(path).decode(errors="replace").splitlines(), delimiter="\t")
-    return {row["file"]: row["from"] for row in rows if row.get("file") and row.get("from")}
-
-
 def source_of(path: Path) -> str:
-    """Return the name of the photograph that a file is a view of: what a split keeps together.
-
-    As ``index.tsv`` beside it says (columns file and from), else the stem of the file's own name.
-    """
-    return _index(path.parent).get(path.name) or path.stem
+    """Return the photograph that a file is a view of, what a split keeps together: else the file's stem."""
+    return samples.indexed_source(path) or path.stem
 
 
 def linear(path: Path, least: int) -> Array:

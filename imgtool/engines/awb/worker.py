@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from imgtool.errors import ImgtoolError
+from imgtool.memory import peak_mb
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -76,15 +77,6 @@ def ask(order: Mapping[str, Any]) -> dict[str, Any]:
 
 
 # --- in the child ------------------------------------------------------------------------------------
-
-
-def peak_mb() -> float:
-    """Return the peak resident memory of this process, VmHWM, in 10^6 bytes; NaN where it is not told."""
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return float("nan")
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024 / 1e6
 
 
 def tick() -> float:

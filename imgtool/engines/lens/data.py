@@ -8,12 +8,10 @@ their label, and else files whose names differ in a short number at the end (``h
 
 from __future__ import annotations
 
-import csv
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -28,7 +26,15 @@ from imgtool.engines.lens import prior, synthesis
 from imgtool.engines.lens.geometry import BrownConrady
 from imgtool.errors import USAGE, ImgtoolError
 from imgtool.images import read_rgb8
-from imgtool.samples import CACHE_BYTES, VALIDATION_SEED, Decoded, distinct, pictures_in, split
+from imgtool.samples import (
+    CACHE_BYTES,
+    VALIDATION_SEED,
+    Decoded,
+    distinct,
+    indexed_source,
+    pictures_in,
+    split,
+)
 
 if TYPE_CHECKING:
     from imgtool.engines.lens.settings import Synthesis, Train
@@ -301,19 +307,9 @@ def _stem(name: str) -> str:
     return re.sub(r"(?<=.)[-_]\d{1,2}$", "", name)
 
 
-@lru_cache(maxsize=64)
-def _index(folder: Path) -> Mapping[str, str]:
-    """Return file to "from" of a folder's ``index.tsv``; {} where there is none."""
-    path = folder / "index.tsv"
-    if not path.exists():
-        return {}
-    rows = csv.DictReader(files.read(path).decode(errors="replace").splitlines(), delimiter="\t")
-    return {row["file"]: row["from"] for row in rows if row.get("file") and row.get("from")}
-
-
 def group_of(path: Path) -> str:
     """Return the name of the photograph that a file is a view of."""
-    return _index(path.parent).get(path.name) or _stem(path.stem)
+    return indexed_source(path) or _stem(path.stem)
 
 
 def photographs(settings: Train) -> tuple[list[Path], list[Path]]:
