@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,7 +82,37 @@ def environment(settings: Bench) -> dict[str, object]:
         "torch": torch.__version__,
         "omp_wait_policy": "PASSIVE",
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        **_gpu(settings.device),
     }
+
+
+def _gpu(device: str) -> dict[str, object]:
+    """Return what there is to say of a CUDA device, {} where none is used."""
+    import torch
+
+    from imgtool import compute
+
+    where = compute.device(device)
+    if where.type != "cuda":
+        return {}
+    facts = torch.cuda.get_device_properties(where)
+    return {
+        "gpu": facts.name,
+        "gpu_memory_mb": facts.total_memory / 1e6,
+        "driver": _driver(),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
+    }
+
+
+def _driver() -> str | None:
+    """Return version and clocks as NVIDIA's tool tells them of the first GPU, None where it is missing."""
+    words = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem", "--format=csv,noheader"]
+    try:
+        told = subprocess.run(words, capture_output=True, text=True, check=False, timeout=30).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return told.splitlines()[0] if told else None
 
 
 def _cpu() -> str:
@@ -117,29 +148,52 @@ class Lab:
         Raises:
             ImgtoolError: A subject could not be measured.
         """
+        return self._in_turn({subject.name: partial(self._once, subject) for subject in subjects}, runs)
+
+    def measure_by(
+        self, module: str, orders: Mapping[str, Mapping[str, Any]], runs: int = 0
+    ) -> dict[str, Timing]:
+        """Time what another module measures, as ``measure`` does.
+
+        Args:
+            module: Run as ``python -m``; it reads an order as JSON from standard input, and its last line
+                is a ``Timing`` as JSON, or {"error", "hint"}.
+            orders: Name to order; "threads" in it is the number of CPU threads, 0 all cores.
+            runs: Rounds; 0 as many as the settings say.
+
+        Raises:
+            ImgtoolError: Something could not be measured.
+        """
+        works = {name: partial(self._ask, name, module, order) for name, order in orders.items()}
+        return self._in_turn(works, runs)
+
+    def _in_turn(self, works: Mapping[str, Callable[[], Timing]], runs: int) -> dict[str, Timing]:
         rounds = runs or self.settings.runs
         found: dict[str, list[Timing]] = {}
-        with self.console.progress(len(subjects) * rounds, "bench") as bar:
+        with self.console.progress(len(works) * rounds, "bench") as bar:
             for _ in range(rounds):
-                for subject in subjects:
-                    bar.update(subject.name)
-                    found.setdefault(subject.name, []).append(self._once(subject))
+                for name, work in works.items():
+                    bar.update(name)
+                    found.setdefault(name, []).append(work())
                     bar.advance(1)
         return {name: _best(timings) for name, timings in found.items()}
 
     def _once(self, subject: Subject) -> Timing:
-        threads = self.settings.threads or os.cpu_count() or 1
         order = {"engine": self.engine.name, "weights": str(self.path), "device": self.settings.device}
-        message = json.dumps(order | {"threads": threads} | asdict(subject))
+        order |= {"threads": self.settings.threads} | asdict(subject)
+        return self._ask(subject.name, "imgtool.bench", order)
+
+    def _ask(self, name: str, module: str, order: Mapping[str, Any]) -> Timing:
+        threads = order["threads"] or os.cpu_count() or 1
         child = subprocess.run(
-            [sys.executable, "-m", "imgtool.bench"],
-            input=message,
+            [sys.executable, "-m", module],
+            input=json.dumps({**order, "threads": threads}),
             capture_output=True,
             text=True,
             env=os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"},
             check=False,
         )
-        return _outcome(subject.name, child)
+        return _outcome(name, child)
 
 
 def _outcome(name: str, child: subprocess.CompletedProcess[str]) -> Timing:

@@ -171,14 +171,12 @@ def application(words: Sequence[str] = ()) -> typer.Typer:
     app.callback()(_root)
     groups = {verb: _group(app, verb, text) for verb, text in VERBS.items()}
     for command in commands(words):
-        group = groups[command.verb]
-        if command.action:
-            path = f"{command.verb} {command.action}"
-            if path not in groups:
-                groups[path] = _group(group, command.action, _summary(command.settings))
-            group = groups[path]
+        *above, name = command.words.split()
+        path = " ".join(above)
         summary = _summary(command.settings)
-        group.command(command.engine, help=_help(command), short_help=summary)(build(command))
+        if path not in groups:
+            groups[path] = _group(groups[command.verb], command.action, summary)
+        groups[path].command(name, help=_help(command), short_help=summary)(build(command))
     return app
 
 

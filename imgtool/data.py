@@ -21,13 +21,18 @@ WIDEST = 60
 def plan(engine: Engine, action: str, settings: Data) -> Mapping[str, object]:
     """Return what ``--dry-run`` tells."""
     out = getattr(settings, "out", None)
-    return {"action": f"{action} {engine.name}"} | ({"output": str(out)} if out else {})
+    return {"action": _words(engine, action, settings)} | ({"output": str(out)} if out else {})
+
+
+def _words(engine: Engine, action: str, settings: Data) -> str:
+    """Return the words that were typed: an action that stands alone needs no engine's name."""
+    return action if getattr(settings, "alone", False) else f"{action} {engine.name}"
 
 
 def run(engine: Engine, action: str, settings: Data, console: Console) -> int:
     """Run one action; its record is the result, and any fault in it means exit code 1."""
     compute.use_threads(settings.threads)
-    with console.progress(100, f"data {action} {engine.name}") as bar:
+    with console.progress(100, f"data {_words(engine, action, settings)}") as bar:
         percent = 0
 
         def done(finished: int, total: int) -> None:
@@ -51,6 +56,10 @@ def _lines(record: Mapping[str, object], indent: str = "") -> Iterator[str]:
         if isinstance(value, Mapping) and value:
             yield f"{indent}{name}:"
             yield from _lines(value, indent + "  ")
+        elif isinstance(value, list | tuple) and any(isinstance(each, Mapping) for each in value):
+            yield f"{indent}{name}:"
+            for each in value:
+                yield from _entry(each, indent + "  ")
         elif isinstance(value, list | tuple):
             words = [_word(each) for each in value]
             long = len(", ".join(words)) > WIDEST
@@ -60,8 +69,17 @@ def _lines(record: Mapping[str, object], indent: str = "") -> Iterator[str]:
             yield f"{indent}{name}: {_word(value)}"
 
 
+def _entry(record: Mapping[str, object], indent: str) -> Iterator[str]:
+    """Yield a record of a list: its first value, and the others below it."""
+    first, *others = record
+    yield f"{indent}{_word(record[first])}:"
+    yield from _lines({name: record[name] for name in others}, indent + "  ")
+
+
 def _word(value: object) -> str:
-    """Return a value in a word, numbers with four digits or all before the point."""
+    """Return a value in a word, numbers with four digits or all before the point; a list has spaces."""
+    if isinstance(value, list | tuple):
+        return " ".join(map(_word, value))
     if isinstance(value, float):
         return f"{value:.0f}" if 1000 <= abs(value) < math.inf else f"{value:.4g}"
     return "none" if value is None or value == {} else str(value)

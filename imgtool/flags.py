@@ -25,7 +25,8 @@ class Command:
         verb: "train", "infer", ...
         engine: "deblur", ...
         action: The word between them, which only ``data`` has.
-        settings: Class of its settings.
+        settings: Class of its settings. One whose ``alone`` is true makes the action a command by itself,
+            and the engine's name is not typed.
     """
 
     verb: str
@@ -36,7 +37,8 @@ class Command:
     @property
     def words(self) -> str:
         """The words as they are typed after ``imgtool``."""
-        return " ".join(word for word in (self.verb, self.action, self.engine) if word)
+        engine = "" if alone(self.settings) else self.engine
+        return " ".join(word for word in (self.verb, self.action, engine) if word)
 
     @property
     def table(self) -> str:
@@ -83,6 +85,11 @@ class Flag:
         return METAVARS[self.kind]
 
 
+def alone(cls: type[Settings] | None) -> bool:
+    """Return whether an action of ``data`` is a command by itself, typed without an engine's name."""
+    return bool(getattr(cls, "alone", False))
+
+
 def commands(words: Sequence[str] = ()) -> Iterator[Command]:
     """Yield every command: each verb with each engine that has settings for it.
 
@@ -103,9 +110,19 @@ def commands(words: Sequence[str] = ()) -> Iterator[Command]:
 def _named(words: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
     """Return the verbs and the engines that what was typed names, all of them where it names no command."""
     verb = words[0] if words and words[0] in VERBS else ""
-    place = 2 if verb == "data" else 1
-    engine = words[place] if len(words) > place and words[place] in engines.SUMMARY else ""
+    if verb == "data":
+        engine = _acting(*words[1:3])
+    else:
+        engine = words[1] if len(words) > 1 and words[1] in engines.SUMMARY else ""
     return ([verb], [engine]) if verb and engine else (list(VERBS), list(engines.SUMMARY))
+
+
+def _acting(action: str = "", word: str = "") -> str:
+    """Return the engine that an action belongs to: the next word, or the one whose action needs no word."""
+    if word in engines.SUMMARY and action in engines.settings(word).ACTIONS:
+        return word
+    lone = (name for name in engines.SUMMARY if alone(engines.settings(name).ACTIONS.get(action)))
+    return next(lone, "")
 
 
 def _kind(annotation: Any) -> tuple[Any, bool]:

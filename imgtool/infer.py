@@ -15,10 +15,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from imgtool import files, header, outputs, report, sheets
+from imgtool import engines, files, header, outputs, report, sheets
 from imgtool.engine import Engine, Result, Watch
 from imgtool.errors import DONE, FAILED, USAGE, ImgtoolError
-from imgtool.settings import Infer
+from imgtool.settings import Infer, make
 
 if TYPE_CHECKING:
     from imgtool.console import Bar, Console
@@ -49,10 +49,12 @@ def _listed(engine: Engine, settings: Infer) -> list[Job]:
     """Return every input and where its output goes."""
     pictures = engine.picture or settings.out is not None
     endings = engine.sheets if engine.picture else (*engine.sheets, *files.SHEETS)
-    items = _without_drawn(files.expand(settings.inputs, files.READABLE, engine.name, endings), engine)
+    suffixes = engine.suffixes or files.READABLE
+    items = _without_drawn(files.expand(settings.inputs, suffixes, engine.name, endings), engine)
     if pictures:
+        form = settings.format or engine.form(settings)
         targets = files.outputs(
-            items, engine.name, settings.out, lambda item: settings.format or files.extension(item.source)
+            items, engine.name, settings.out, lambda item: form or files.extension(item.source)
         )
         jobs = [Job(*pair, pair[1], pair[1] is None) for pair in zip(items, targets, strict=True)]
     else:
@@ -63,7 +65,7 @@ def _listed(engine: Engine, settings: Infer) -> list[Job]:
             what = f"--{flag} needs outputs that are files, and standard output is none"
             raise ImgtoolError(what, "give -o FILE", USAGE)
     for job in jobs if pictures else ():
-        _check_form(_form(settings, job), job.target)
+        _check_form(_form(engine, settings, job), job.target)
     return jobs
 
 
@@ -88,8 +90,9 @@ def _without_drawn(items: list[files.Item], engine: Engine) -> list[files.Item]:
     return kept
 
 
-def _form(settings: Infer, job: Job) -> str:
-    return settings.format or (job.target.suffix if job.target else files.extension(job.item.source))
+def _form(engine: Engine, settings: Infer, job: Job) -> str:
+    own = job.target.suffix if job.target else engine.form(settings) or files.extension(job.item.source)
+    return settings.format or own
 
 
 def _check_form(form: str, target: Path | None) -> None:
@@ -100,8 +103,7 @@ def _check_form(form: str, target: Path | None) -> None:
 
 def _weights(engine: Engine, settings: Infer) -> Path | None:
     """Return the file of the weights, None where the settings need none."""
-    needed = engine.prepare is None or engine.uses_weights(settings)
-    return header.find(settings.weights or engine.weights) if needed else None
+    return header.find(settings.weights or engine.weights) if engine.uses_weights(settings) else None
 
 
 def plan(engine: Engine, settings: Infer) -> Mapping[str, object]:
@@ -214,7 +216,7 @@ class Places:
         if job.place is None:
             return []
         found = [*([job.target] if job.target else []), *self.beside[job].values()]
-        found += [outputs.compared(job.place)] * self.settings.compare
+        found += [outputs.compared(job.place)] * bool(self.settings.compare)
         return [*found, *[outputs.paired(job.place)] * self.settings.side_by_side]
 
     def check(self) -> None:
@@ -266,6 +268,7 @@ class Batch:
     failures: list[tuple[str, ImgtoolError]] = field(default_factory=list)
     entries: list[report.Entry] = field(default_factory=list)
     made: list[Job] = field(default_factory=list)
+    consulted: dict[str, Batch] = field(default_factory=dict)
     _stream: bytes = b""
 
     @property
@@ -296,14 +299,14 @@ class Batch:
         Raises:
             ImgtoolError: The device is not there, or the weights do not fit.
         """
-        if self.weights is None:
-            return
         if self.engine.prepare:
-            self.net = self.engine.prepare(self.weights, self.settings)
+            self.net = self.engine.prepare(self.weights, self.settings) if self.weights else None
             return
         from imgtool import checkpoint, compute
 
         compute.use_threads(self.settings.threads)
+        if self.weights is None:
+            return
         net = checkpoint.network(self.engine, checkpoint.read_weights(self.weights, self.engine.name))
         self.net = compute.channels_last(net.to(compute.device(self.settings.device)))
 
@@ -376,7 +379,8 @@ class Batch:
         before, facts = self._opened(job.item), {"left out": "it was there already"}
         after = images.read(job.target).pixels if job.target else None
         if self.engine.open:
-            watch = replace(self._watch(job, bar), say=lambda text: None)
+            consult = partial(self._consult, job.item, _silent)
+            watch = replace(self._watch(job, bar), say=_silent, consult=consult)
             result = self.engine.apply(self.net, before, self.settings, watch, *known)
             before, after = result.before or before, result.image if after is None else after
         if after is not None:
@@ -391,12 +395,15 @@ class Batch:
             self.entries.append(report.failed(item.name, fault.what, fault.hint))
 
     def _opened(self, item: files.Item) -> Any:
-        """Read an input, as the engine does where it does it itself."""
+        return self.read(self._source(item), item.name)
+
+    def read(self, source: Path | bytes, name: str) -> Any:
+        """Read a file or its content, as the engine does where it does it itself."""
         if self.engine.open:
-            return self.engine.open(self._source(item), item.name, self.settings, self.net)
+            return self.engine.open(source, name, self.settings, self.net)
         from imgtool import images
 
-        return images.read(self._source(item), item.name)
+        return images.read(source, name)
 
     def _source(self, item: files.Item) -> Path | bytes:
         """Return an input's file, or its content: standard input is read once and kept."""
@@ -407,18 +414,40 @@ class Batch:
     def _watch(self, job: Job, bar: Bar) -> Watch:
         settings = self.settings
         shown = bool(settings.compare or settings.side_by_side or settings.report)
+        alone, name = len(self.jobs) == 1, job.item.name
+        say = self.console.say if alone else lambda text: self.console.say(f"{name}: {text}")
         return Watch(
             lambda done, total: bar.update(f"tile {done}/{total}") if total > 1 else None,
-            self.console.say
-            if len(self.jobs) == 1
-            else lambda text: self.console.say(f"{job.item.name}: {text}"),
+            say,
             str(job.item.relative),
             self._source(job.item),
             job.place,
             self.places.beside[job],
             picture=bool(job.target or job.stream or shown),
             before=shown,
+            consult=partial(self._consult, job.item, say),
         )
+
+    def _consult(
+        self,
+        item: files.Item,
+        say: Callable[[str], None],
+        name: str,
+        source: bytes | None = None,
+        **settings: Any,
+    ) -> Mapping[str, Any]:
+        """Return what another engine finds in an input; see ``Watch.consult``."""
+        asked = make(engines.settings(name).Infer, {"inputs": ("-",), **settings}, f"infer {name}")
+        other = self.consulted.get(name)
+        if other is None:
+            engine = engines.load(name)
+            other = Batch(engine, asked, self.console, _weights(engine, asked), [], self.places)
+            other.load()
+            self.consulted[name] = other
+        other.settings = asked
+        given = self._source(item) if source is None else source
+        watch = Watch(say=say, name=item.name, source=given, picture=False)
+        return other.engine.apply(other.net, other.read(given, item.name), asked, watch).facts
 
     def _one(self, job: Job, bar: Bar, known: list[object]) -> None:
         # A row without its output was interrupted between the two: what lies beside is ours.
@@ -469,7 +498,7 @@ class Batch:
         """Return whether a photo was left as it is, and the file that is made of it."""
         from imgtool import images
 
-        form = _form(self.settings, job)
+        form = _form(self.engine, self.settings, job)
         after = _made(photo, result)
         if after is photo and photo.format == files.file_type(form):
             return True, files.read(job.item.source) if job.item.source else self._stream
@@ -485,7 +514,7 @@ class Batch:
         before, after, icc, name = photo.pixels, result.image, photo.icc or b"", job.item.name
         if self.settings.compare and job.place:
             sheet = outputs.compared(job.place)
-            sheets.compare(before, after, sheet, title=name, icc=icc)
+            sheets.compare(before, after, sheet, title=name, labels=result.labels, icc=icc)
             self.console.say(f"before/after: {sheet}")
         if self.settings.side_by_side and job.place:
             pair = outputs.paired(job.place)
@@ -530,6 +559,10 @@ class Batch:
         for name, fault in self.failures:
             self.console.say(f"  {fault.what}" if name in fault.what else f"  {name}: {fault.what}")
         return FAILED
+
+
+def _silent(text: str) -> None:
+    """Say nothing."""
 
 
 def _line(record: Mapping[str, Any], result: Result) -> str:

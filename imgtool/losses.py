@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
-from pytorch_msssim import ms_ssim
+from pytorch_msssim import ms_ssim, ssim
 from torch import Tensor
 
 from imgtool.errors import USAGE, ImgtoolError
@@ -93,6 +95,43 @@ def ms_ssim_loss(output: Tensor, target: Tensor) -> Tensor:
     with torch.autocast(output.device.type, enabled=False):
         similarity: Tensor = ms_ssim(clamp_straight_through(output.float()), target.float(), data_range=1.0)
     return 1 - similarity
+
+
+def ssim_loss(output: Tensor, target: Tensor) -> Tensor:
+    """Return 1 - SSIM (Wang, Bovik, Sheikh and Simoncelli, 2004) of images clamped to 0..1.
+
+    A Gaussian window of 11 pixels and sigma 1.5, where it fits; K = 0.01 and 0.03. Computed in float32
+    whatever autocast says.
+
+    Args:
+        output: ``(B, C, H, W)``, sides of at least 11 pixels.
+        target: The same.
+    """
+    with torch.autocast(output.device.type, enabled=False):
+        similarity: Tensor = ssim(clamp_straight_through(output.float()), target.float(), data_range=1.0)
+    return 1 - similarity
+
+
+def fidelity_and_features(
+    output: Tensor, target: Tensor, features: Callable[[Tensor], Tensor]
+) -> dict[str, Tensor]:
+    """Return the terms of the loss of the Mobile AI 2021 challenge's baseline: 20 MSE + VGG + 20 (1 - SSIM).
+
+    Ignatov et al., "Learned smartphone ISP on mobile NPUs with deep learning, Mobile AI 2021 challenge:
+    report", CVPRW 2021; the weights are those of its code.
+
+    Args:
+        output: ``(B, 3, H, W)`` sRGB, nominally in 0..1.
+        target: The same.
+        features: Pictures to what a fixed network sees in them, of which the MSE is taken.
+    """
+    with torch.no_grad():
+        wanted = features(target)
+    return {
+        "mse": 20 * F.mse_loss(output, target),
+        "vgg": F.mse_loss(features(output), wanted),
+        "ssim": 20 * ssim_loss(output, target),
+    }
 
 
 def masked_ssim(output: Tensor, target: Tensor, mask: Tensor) -> Tensor:

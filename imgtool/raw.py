@@ -1,17 +1,11 @@
-"""Camera RAW: rendered to sRGB by LibRaw, the same way every time.
+"""Camera RAW: rendered to sRGB by LibRaw, the same way every time; and what LibRaw says of a file, checked.
 
-LibRaw can crash on broken files, so it runs in a child process: ``python -m imgtool.raw IN OUT [GAINS]``.
-A crash there is an error message here.
+LibRaw can crash on broken files, so it runs in the child of ``imgtool.decoder``.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from imgtool import files
-from imgtool.errors import FAILED, ImgtoolError
+from imgtool import decoder, files
+from imgtool.errors import ImgtoolError
 
 if TYPE_CHECKING:
     import rawpy
@@ -43,10 +37,6 @@ SIGNATURES = (
 )
 """(offset, bytes) that only a camera RAW file begins with."""
 
-TIMEOUT = 300.0
-"""Seconds after which a decoding that does not end is given up: far more than 100 MP take."""
-
-_CRASHED = "convert it to DNG or TIFF with the camera maker's software"
 _HOPELESS = 2.0
 
 
@@ -55,7 +45,9 @@ def has_signature(head: bytes) -> bool:
     return any(head[offset : offset + len(mark)] == mark for offset, mark in SIGNATURES)
 
 
-def render(path: Path, gains: Sequence[float] = ()) -> npt.NDArray[np.uint16]:
+def render(
+    path: Path, gains: Sequence[float] = (), *, demosaic: str = "", upright: bool = True
+) -> npt.NDArray[np.uint16]:
     """Render a camera RAW file as LibRaw does, with the camera's white balance or with another.
 
     No automatic brightness and no adjusted white level, both of which shift the exposure from
@@ -65,73 +57,50 @@ def render(path: Path, gains: Sequence[float] = ()) -> npt.NDArray[np.uint16]:
         path: The file.
         gains: Of red, green and blue, above 0; what they lift above white is clipped, the least lifts
             nothing. () takes the camera's own.
+        demosaic: LibRaw's algorithm: "linear", "vng", "ppg", "ahd", "dcb", "dht" or "aahd"; "" leaves the
+            choice to LibRaw.
+        upright: Turn the photo as the camera says; else it lies as the sensor does.
 
     Returns:
-        ``(H, W, 3)`` sRGB, upright, 16 bit.
+        ``(H, W, 3)`` sRGB, 16 bit, every pixel that sees light.
 
     Raises:
         ImgtoolError: Truncated, not a supported RAW, corrupt, or the decoder crashed.
     """
     refuse_headerless(path)
-    with tempfile.TemporaryDirectory(prefix="imgtool-") as folder:
-        target = Path(folder, "pixels.npy")
-        command = [sys.executable, "-m", "imgtool.raw", str(path.absolute()), str(target)]
-        run([*command, *(str(float(gain)) for gain in gains)], path)
-        pixels: npt.NDArray[np.uint16] = np.load(target, allow_pickle=False)
-    return pixels
+    how: dict[str, Any] = {"gains": [float(gain) for gain in gains], "demosaic": demosaic, "upright": upright}
+    facts, data = decoder.ask("imgtool.raw:develop", path, str(path), **how)
+    return np.frombuffer(data, np.uint16).reshape(facts["shape"])
 
 
-def run(command: Sequence[str], path: Path, timeout: float = TIMEOUT) -> None:
-    """Run the decoder's process.
-
-    Args:
-        command: Program and arguments.
-        path: The file it decodes, for messages.
-        timeout: Seconds until it is killed.
+def head(path: Path, name: str) -> bytes:
+    """Return a file's first bytes.
 
     Raises:
-        ImgtoolError: The fault that the child reported, or that it crashed or did not end.
+        ImgtoolError: There is no such file, or it is empty.
     """
-    package = str(Path(__file__).resolve().parent.parent)
-    search = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
     try:
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            timeout=timeout,
-            check=False,
-            env=os.environ | {"PYTHONPATH": search},
-        )
-    except subprocess.TimeoutExpired:
-        raise ImgtoolError(f"cannot decode {path}: no end after {timeout:g} s", _CRASHED) from None
-    if done.returncode:
-        raise _reported(done.stdout) or ImgtoolError(f"cannot decode {path}: decoding crashed", _CRASHED)
+        with path.open("rb") as file:
+            found = file.read(64)
+    except OSError as fault:
+        raise files.unreadable(Path(name), fault) from None
+    if not found:
+        raise ImgtoolError(f"{name} is empty", "copy the file again")
+    return found
 
 
-def _reported(stdout: bytes) -> ImgtoolError | None:
-    """Read the fault that the child printed as its last line, None where it printed none."""
-    lines = stdout.decode("utf-8", "replace").strip().splitlines()
-    try:
-        report = json.loads(lines[-1]) if lines else None
-    except json.JSONDecodeError:
-        return None
-    return ImgtoolError(report["what"], report["hint"]) if isinstance(report, dict) else None
+def has_header(first: bytes, path: Path) -> bool:
+    """Tell a camera's file from a ``.raw`` without a header, for which LibRaw would guess a camera."""
+    return path.suffix.lower() != ".raw" or has_signature(first) or first[:4] in (b"II*\0", b"MM\0*")
 
 
 def refuse_headerless(path: Path) -> None:
-    """Refuse a ``.raw`` without a header: LibRaw would guess a camera from its size.
+    """Refuse a ``.raw`` without a header.
 
     Raises:
         ImgtoolError: So; or there is no such file, or it is empty.
     """
-    try:
-        with path.open("rb") as file:
-            head = file.read(64)
-    except OSError as fault:
-        raise files.unreadable(path, fault) from None
-    if not head:
-        raise ImgtoolError(f"{path} is empty", "copy the file again")
-    if path.suffix.lower() == ".raw" and not has_signature(head) and head[:4] not in (b"II*\0", b"MM\0*"):
+    if not has_header(head(path, str(path)), path):
         what = f"{path} has no header: its size, pattern and levels are unknown"
         raise ImgtoolError(what, "give the camera's own file (DNG, CR2, NEF, ...) or a rendered photo")
 
@@ -142,32 +111,87 @@ def refuse_headerless(path: Path) -> None:
 def _white_balance(raw: rawpy.RawPy) -> dict[str, Any]:
     """Choose the camera's white balance, daylight's where it is missing, grey-world's where both are."""
     colours = max(3, raw.num_colors)
-    if _usable(raw.camera_whitebalance[:colours]):
+    if usable(raw.camera_whitebalance[:colours]):
         return {"use_camera_wb": True}
     daylight = list(raw.daylight_whitebalance)
-    if _usable(daylight[:colours]):
+    if usable(daylight[:colours]):
         return {"user_wb": [*daylight[:3], daylight[3] or daylight[1]]}
     return {"use_auto_wb": True}
 
 
-def _usable(gains: Sequence[float]) -> bool:
+def usable(gains: Sequence[float]) -> bool:
+    """Tell gains of a white balance from zeros and worse, LibRaw's sign for unknown ones."""
     return all(math.isfinite(gain) and gain > 0 for gain in gains)
 
 
-def _check_levels(raw: rawpy.RawPy, path: Path) -> None:
-    """Refuse levels and values that no sensor gives: a truncated DNG decodes to noise without an error."""
-    white = raw.white_level
-    black = max(raw.black_level_per_channel, default=0)
-    values = raw.raw_image_visible
-    # A sensor may pass the white level that LibRaw's table says, but not by a factor of two.
-    top = float(np.percentile(values[::4, ::4], 99.9)) if values.ndim == 2 else 0.0
-    if white and (black >= white or top > _HOPELESS * white):
-        what = f"{path} is corrupt: black level {black:g}, white level {white:g}, values to {top:g}"
-        raise ImgtoolError(what, "copy the file again from the card")
+def bayer(raw: rawpy.RawPy, name: str, hint: str) -> dict[str, list[tuple[int, int, int]]]:
+    """Return where in a block of 2x2 pixels each colour is.
+
+    Args:
+        raw: The file, open.
+        name: What messages call it.
+        hint: What to give instead of a file that is no Bayer mosaic.
+
+    Returns:
+        "R", "G" and "B" to row, column and LibRaw's number of the channel; of "G" there are two.
+
+    Raises:
+        ImgtoolError: Anything but a Bayer mosaic of red, green and blue.
+    """
+    import rawpy
+
+    if raw.raw_type != rawpy.RawType.Flat:
+        what = "holds several values per pixel (linear DNG, Foveon or sRAW)"
+        raise ImgtoolError(f"{name} {what}, not a Bayer mosaic", hint)
+    pattern, letters = raw.raw_pattern, raw.color_desc.decode("ascii", "replace")
+    if pattern is None or raw.num_colors == 1:
+        what = f"{name} is monochrome: it has no colours"
+        raise ImgtoolError(what, "give a RAW of a camera that sees colours")
+    if pattern.shape != (2, 2):
+        size = f"{pattern.shape[0]}×{pattern.shape[1]}"
+        raise ImgtoolError(f"{name} has a colour pattern of {size} pixels, such as X-Trans", hint)
+    places: dict[str, list[tuple[int, int, int]]] = {}
+    for (row, column), channel in np.ndenumerate(pattern):
+        places.setdefault(letters[channel], []).append((row, column, int(channel)))
+    if {letter: len(found) for letter, found in places.items()} != {"R": 1, "G": 2, "B": 1}:
+        colours = "".join(letters[channel] for channel in pattern.ravel())
+        larger = "a pattern larger than 2×2 pixels, such as quad-Bayer"
+        what = larger if set(colours) <= set("RGB") else f"the colours {colours}"
+        raise ImgtoolError(f"{name} has {what}, not red, two greens and blue in 2×2 pixels (Bayer)", hint)
+    return places
+
+
+def hopeless(white: float, values: npt.NDArray[Any]) -> float:
+    """Return what one of a thousand values surpasses where that is beyond twice white, else 0.
+
+    A sensor may pass the white level that LibRaw's table says, but not by a factor of two.
+    """
+    place = int(0.999 * (values.size - 1))
+    top = float(np.partition(values, place, None)[place])
+    return top if top > _HOPELESS * white else 0.0
+
+
+def check_levels(black: float, white: float, values: npt.NDArray[Any], name: str) -> None:
+    """Refuse levels and values that no sensor gives: a truncated DNG decodes to noise without an error.
+
+    Args:
+        black: Level of black.
+        white: Level of white.
+        values: Pixels of the mosaic, or a sample of them.
+        name: What messages call the file.
+
+    Raises:
+        ImgtoolError: Black is not below white, or the values are far beyond white.
+    """
+    top = hopeless(white, values)
+    if black >= white or top:
+        what = f"{name} is corrupt: black level {black:g}, white level {white:g}"
+        more = f", values to {top:g}" if top else ""
+        raise ImgtoolError(what + more, "copy the file again from the card")
 
 
 @contextmanager
-def faults(path: Path) -> Iterator[None]:
+def faults(name: str) -> Iterator[None]:
     """Turn what LibRaw raises of a file into ``ImgtoolError`` in our words."""
     import rawpy
 
@@ -175,64 +199,51 @@ def faults(path: Path) -> Iterator[None]:
         yield
     except rawpy.LibRawFileUnsupportedError:
         hint = "convert it to DNG, TIFF or JPEG with the camera maker's software"
-        raise ImgtoolError(f"{path} is not a camera RAW that LibRaw knows, or is cut short", hint) from None
+        raise ImgtoolError(f"{name} is not a camera RAW that LibRaw knows, or is cut short", hint) from None
     except rawpy.LibRawIOError:
-        raise ImgtoolError(f"{path} is truncated", "copy the file again from the card") from None
+        raise ImgtoolError(f"{name} is truncated", "copy the file again from the card") from None
     except rawpy.LibRawError as fault:
         said = fault.args[0] if fault.args else type(fault).__name__
         words = said.decode("utf-8", "replace") if isinstance(said, bytes) else str(said)
         raise ImgtoolError(
-            f"cannot decode {path}: {words.lower()}", "copy the file again, or convert it"
+            f"cannot decode {name}: {words.lower()}", "copy the file again, or convert it"
         ) from None
 
 
-def develop(path: Path, gains: Sequence[float] = ()) -> npt.NDArray[np.uint16]:
-    """Render in this process, which a broken file may crash; see ``render``.
+def develop(
+    path: Path, name: str, gains: Sequence[float], demosaic: str, upright: bool
+) -> tuple[dict[str, Any], npt.NDArray[np.uint16]]:
+    """Render in this process, which a broken file may crash: what ``render`` asks for.
 
     Args:
         path: The file.
+        name: What messages call it.
         gains: As for ``render``.
+        demosaic: As for ``render``.
+        upright: As for ``render``.
 
     Returns:
-        ``(H, W, 3)`` sRGB, upright, 16 bit.
+        "shape", and ``(H, W, 3)`` sRGB, 16 bit.
 
     Raises:
         ImgtoolError: Truncated, not a supported RAW, or corrupt.
     """
     import rawpy
 
-    with faults(path), rawpy.imread(str(path)) as raw:
-        _check_levels(raw, path)
+    with faults(name), rawpy.imread(str(path)) as raw:
+        values = raw.raw_image_visible
+        seen = values[::5, ::5] if values.ndim == 2 else np.zeros(1)
+        if raw.white_level:
+            check_levels(max(raw.black_level_per_channel, default=0), raw.white_level, seen, name)
         balance = {"user_wb": [*gains, gains[1]]} if gains else _white_balance(raw)
         pixels: npt.NDArray[Any] = raw.postprocess(
             **balance,
+            demosaic_algorithm=rawpy.DemosaicAlgorithm[demosaic.upper()] if demosaic else None,
+            user_flip=None if upright else 0,
             no_auto_bright=True,
             adjust_maximum_thr=0.0,
             gamma=(2.4, 12.92),
             output_color=rawpy.ColorSpace.sRGB,
             output_bps=16,
         )
-    return pixels
-
-
-def main(source: str, target: str, *gains: str) -> int:
-    """Render ``source`` into ``target`` (.npy); a fault is one line of JSON on standard output."""
-    try:
-        np.save(target, develop(Path(source), [float(gain) for gain in gains]))
-    except ImgtoolError as fault:
-        return _report(fault)
-    except OSError as fault:
-        what = f"cannot keep the pixels of {source}: {(fault.strerror or str(fault)).lower()}"
-        return _report(ImgtoolError(what, "free some space in the folder for temporary files, or set TMPDIR"))
-    except MemoryError:
-        return _report(ImgtoolError(f"not enough memory to decode {source}", "close other programs"))
-    return 0
-
-
-def _report(fault: ImgtoolError) -> int:
-    sys.stdout.write(json.dumps({"what": fault.what, "hint": fault.hint}) + "\n")
-    return FAILED
-
-
-if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    return {"shape": pixels.shape}, np.ascontiguousarray(pixels)

@@ -11,7 +11,7 @@ input and one output in the photo's own type.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -29,11 +29,6 @@ if TYPE_CHECKING:
 
 SMALLEST = 64
 """Core edge below which running out of memory is an error."""
-
-LARGEST = 1024
-"""Core edge of the fastest tiles, measured: larger tensors get fresh pages from the system, layer by
-layer, and smaller tiles compute more halo. CPU seconds per megapixel of the default network: tiles of
-256 1.03, 384 0.84, 512 0.75, 768 0.65, 1024 0.61; whole photos of 2 megapixels 0.7, of 6 1.0."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +125,7 @@ def choose(height: int, width: int, tile: int | None, overlap: int, memory: floa
     edge = math.isqrt(int(memory / facts.bytes_per_pixel))
     if height * width <= edge * edge:
         return 0
-    core = min(max(edge - 2 * overlap, SMALLEST), LARGEST) // facts.multiple * facts.multiple
+    core = min(max(edge - 2 * overlap, SMALLEST), facts.largest) // facts.multiple * facts.multiple
     return max(core, facts.multiple)
 
 
@@ -167,9 +162,9 @@ def read(image: Pixels, tile: Tile) -> npt.NDArray[np.float32]:
     return values
 
 
-def write(out: Pixels, tile: Tile, values: npt.NDArray[np.float32]) -> None:
-    """Put a tile's core into the output; integers are clipped and rounded to nearest."""
-    if np.issubdtype(out.dtype, np.integer):
+def write(out: Pixels, tile: Tile, values: npt.NDArray[Any]) -> None:
+    """Put a tile's core into the output; floats are clipped and rounded to nearest for integers."""
+    if values.dtype != out.dtype and np.issubdtype(out.dtype, np.integer):
         values = np.clip(values, 0, 1)
         values *= np.float32(np.iinfo(out.dtype).max)
         np.rint(values, out=values)
@@ -271,10 +266,9 @@ def run(
     watch: Watch = Watch(),  # noqa: B008 - frozen
     start: Enlarged | None = None,
 ) -> tuple[Pixels, int, int]:
-    """Run a network over a photo, tile by tile.
+    """Run a network over a photo, tile by tile, as ``walk`` does.
 
-    When a tile does not fit into memory it is quartered, and so are those that follow. Strength 0
-    gives a copy of the photo without computing anything.
+    Strength 0 gives a copy of the photo without computing anything.
 
     Args:
         net: Maps ``(1, 3, h, w)`` float32 in 0..1 to the same shape; in evaluation mode.
@@ -294,16 +288,42 @@ def run(
     if plan.strength == 0:
         return image.copy(), 0, 0
     out = np.empty_like(image)
-    waiting = cut(image.shape[0], image.shape[1], plan, facts)[::-1]
-    finished, edge, limit = 0, 0, max(image.shape[:2])
+    count, edge = walk(
+        lambda tile: compute_tile(net, image, tile, plan.strength, start), out, plan, facts, watch
+    )
+    return out, count, edge
+
+
+def walk(
+    make: Callable[[Tile], npt.NDArray[Any]], out: Pixels, plan: Plan, facts: TileFacts, watch: Watch
+) -> tuple[int, int]:
+    """Fill an output tile by tile.
+
+    When a tile does not fit into memory it is quartered, and so are those that follow.
+
+    Args:
+        make: Tile to its core, ``(h, w, ...)``; of the output's type, or float32 for 0..1.
+        out: ``(H, W, ...)``: what is cut, and filled.
+        plan: How to cut it.
+        facts: What the network allows.
+        watch: Told after each tile, and when tiles are made smaller.
+
+    Returns:
+        The number of tiles, and the largest core's edge.
+
+    Raises:
+        ImgtoolError: Memory does not do for the smallest tile, or for a network that may not be cut.
+    """
+    waiting = cut(out.shape[0], out.shape[1], plan, facts)[::-1]
+    finished, edge, limit = 0, 0, max(out.shape[:2])
     while waiting:
         tile = waiting.pop()
         size = max(tile.rows.stop - tile.rows.start, tile.columns.stop - tile.columns.start)
         if size > limit:
-            waiting += quarter(tile, image.shape, plan, facts)[::-1]
+            waiting += quarter(tile, out.shape, plan, facts)[::-1]
             continue
         try:
-            values = compute_tile(net, image, tile, plan.strength, start)
+            values = make(tile)
         except (RuntimeError, MemoryError) as fault:
             limit = _smaller(fault, size, facts, watch)
             waiting.append(tile)
@@ -311,7 +331,7 @@ def run(
         write(out, tile, values)
         finished, edge = finished + 1, max(edge, size)
         watch.done(finished, finished + len(waiting))
-    return out, finished, edge
+    return finished, edge
 
 
 def _smaller(fault: BaseException, size: int, facts: TileFacts, watch: Watch) -> int:

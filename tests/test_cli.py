@@ -88,6 +88,32 @@ def test_data_gets_its_action(verb: Callable[..., list[Any]]) -> None:
     assert (engine, action, settings.photos, settings.count) == ("DEBLUR", "synth", (Path("photos"),), 3)
 
 
+def test_an_action_that_stands_alone_is_typed_without_an_engine(
+    verb: Callable[..., list[Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = verb("data")
+    assert run(["data", "inspect", "lens", "b.raw", "--pattern", "BGGR"]) == 0  # a file may be named so
+    engine, action, settings, _ = calls[0]
+    assert (engine, action, settings.inputs) == ("ISP", "inspect", (Path("lens"), Path("b.raw")))
+    assert settings.pattern == "BGGR"
+    assert capsys.readouterr().err == "imgtool data inspect: starting\n"
+    assert run(["data", "inspect", "a.dng", "--bits", "12", "-n"]) == 0
+    out = capsys.readouterr().out
+    assert tomli.loads(out)["data"]["inspect"]["isp"]["bits"] == 12
+    Path("my.toml").write_text(out)
+    assert run(["data", "inspect", "b.dng", "-c", "my.toml"]) == 0
+    assert (calls[1][2].bits, calls[1][2].inputs) == (12, (Path("b.dng"),))
+
+
+def test_alone_it_is_the_only_action_of_its_name() -> None:
+    names = [command.action for command in COMMANDS if command.verb == "data"]
+    alone = [command for command in COMMANDS if command.words == f"data {command.action}"]
+    assert [(command.action, command.engine) for command in alone] == [("inspect", "isp")]
+    assert all(names.count(command.action) == 1 for command in alone)
+    assert {command.engine for command in commands(["data", "inspect", "lens"])} == {"isp"}
+    assert {command.engine for command in commands(["data", "inspct"])} == set(engines.SUMMARY)
+
+
 def test_files_presets_and_switches_turned_off(verb: Callable[..., list[Any]]) -> None:
     calls = verb("infer")
     Path("my.toml").write_text("[infer.deblur]\ncompare = true\ninputs = ['x.jpg']\nforce = true\n")
@@ -143,6 +169,8 @@ def test_a_bug_keeps_its_traceback(verb: Callable[..., list[Any]]) -> None:
         ("infer deblur x --tyle 3", "no such option: --tyle", "did you mean --tile?"),
         ("infer deblr x", "no such command 'deblr'", "did you mean 'deblur'?"),
         ("trian deblur", "no such command 'trian'", "did you mean 'train'?"),
+        ("data inspect", "needs INPUTS", "RAW files"),
+        ("data inspect a.dng --black -2", "--black: input should be greater", "black level"),
         ("data sinth deblur", "no such command 'sinth'", "did you mean 'synth'?"),
         ("infer deblur", "infer deblur needs INPUTS", "Photos"),
         ("infer deblur x --tile wide", "--tile: input should be a valid integer", "Edge of a tile"),
@@ -259,6 +287,8 @@ def test_help_and_completion_import_nothing_heavy() -> None:
     [
         ("imgtool in", ["infer"]),
         ("imgtool data sy", ["synth"]),
+        ("imgtool data ins", ["inspect"]),
+        ("imgtool data inspect --pattern G", ["GRBG", "GBRG"]),
         ("imgtool train deblur --preset r", ["rtx4090"]),
         ("imgtool infer deblur --format w", ["webp"]),
         ("imgtool infer deblur pho", []),  # the shell then offers files

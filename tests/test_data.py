@@ -63,6 +63,19 @@ def test_people_read_short_lines(capsys: pytest.CaptureFixture[str]) -> None:
     ]  # fmt: skip
 
 
+def test_people_read_a_list_of_records(capsys: pytest.CaptureFixture[str]) -> None:
+    matrix = [[1.25, -0.123456, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 12345.6]]
+    files = [
+        {"input": "a.dng", "matrix": matrix, "crop": None},
+        {"input": "b.dng", "levels": {"red": [1, 2]}},
+    ]
+    data.run(engine_with({"inputs": 2, "files": files}), "check", SETTINGS, Console())
+    assert capsys.readouterr().out.splitlines() == [
+        "inputs: 2", "files:", "  a.dng:", "    matrix: 1.25 -0.1235 0, 0 1 0, 0 0 12346", "    crop: none",
+        "  b.dng:", "    levels:", "      red: 1, 2",
+    ]  # fmt: skip
+
+
 def test_progress_ends_at_100_percent(monkeypatch: pytest.MonkeyPatch) -> None:
     advanced: list[float] = []
     monkeypatch.setattr(Bar, "advance", lambda self, n=1, **_: advanced.append(n))
@@ -74,3 +87,5 @@ def test_progress_ends_at_100_percent(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_plan_names_the_output() -> None:
     assert data.plan(ENGINE, "synth", SETTINGS) == {"action": "synth deblur", "output": "pairs"}
     assert data.plan(ENGINE, "check", SimpleNamespace()) == {"action": "check deblur"}  # type: ignore[arg-type]
+    lone: Any = SimpleNamespace(alone=True)
+    assert data.plan(ENGINE, "inspect", lone) == {"action": "inspect"}

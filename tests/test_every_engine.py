@@ -27,6 +27,7 @@ MATERIAL: Mapping[str, Callable[[Path], dict[str, Any]]] = {
     "deblur": lambda folder: {"photos": (folder,), "crop": 32, "held_out": 3},
     "lens": lambda folder: {"photos": (folder,), "held_out": 3, "untouched": 0.0, "input": 64, "lr": 3e-3},
     "awb": lambda folder: {"photos": (folder,), "held_out": 3, "height": 48, "width": 64},
+    "isp": lambda folder: {"photos": (folder,), "held_out": 3, "crop": 64, "width": "8"},
 }
 """Settings with which an engine trains on a folder of small photographs: a new engine, a new line."""
 
@@ -38,19 +39,21 @@ NETWORKS = [
     ("lens", "original", {"arch": "efficientnet-b0", "head": "original", "input": 64, "lr": 3e-4}),
     ("awb", "hist", {}),
     ("awb", "deepawb", {"arch": "deepawb", "lr": 1e-3}),
+    ("isp", "lrfu", {}),
+    ("isp", "punet", {"arch": "punet", "lr": 4e-3}),
 ]
 """Every network: engine, a name, the settings that shape it."""
 
 HEAVY = ("torch", "numpy", "cv2", "PIL", "rawpy", "matplotlib", "jinja2", "tifffile", "safetensors")
 
 names = pytest.mark.parametrize("name", engines.SUMMARY)
-TWINS = ("original",)
-"""Networks that differ from another one here in their last layers alone: tested with the slow tests."""
+SLOW = ("original", "punet")
+"""Networks tested with the slow tests: large ones, and those that differ from another in their last layers."""
 
 networks = pytest.mark.parametrize(
     ("name", "model"),
     [
-        pytest.param(name, model, id=word, marks=[pytest.mark.slow] * (word in TWINS))
+        pytest.param(name, model, id=word, marks=[pytest.mark.slow] * (word in SLOW))
         for name, word, model in NETWORKS
     ],
 )
@@ -113,6 +116,17 @@ def noise(height: int, width: int, kind: str) -> Any:
     return np.rint(values * np.iinfo(kind).max).astype(kind)
 
 
+def inputs(engine: Engine, height: int, width: int) -> list[Any]:
+    """What an engine reads, in every type."""
+    if engine.specimen:
+        return [engine.specimen(height, width, height * width)]
+    return [Photo(noise(height, width, kind)) for kind in ("uint8", "uint16", "float32")]
+
+
+def pixels(opened: Any) -> Any:
+    return opened.pixels if isinstance(opened, Photo) else opened.values
+
+
 # --- the record ---------------------------------------------------------------------------------
 
 
@@ -138,9 +152,13 @@ def test_the_record_is_complete(name: str) -> None:
 @names
 @pytest.mark.parametrize("kind", ["uint8", "uint16", "float32"])
 def test_the_baseline_keeps_shape_and_type(name: str, kind: str) -> None:
+    engine = engines.load(name)
+    if engine.specimen:
+        assert engine.baseline(engine.specimen(13, 17, 0)).shape == (13, 17, 3)
+        return
     image = noise(13, 17, kind)
     before = image.copy()
-    out = engines.load(name).baseline(image)
+    out = engine.baseline(image)
     assert (out.shape, out.dtype) == (image.shape, image.dtype)
     assert np.array_equal(image, before)
 
@@ -255,8 +273,8 @@ def test_weights_saved_and_loaded_give_the_same(case: Case, tmp_path: Path) -> N
     path = tmp_path / "kept.safetensors"
     checkpoint.save_weights(path, case.engine, case.settings, case.net.state_dict(), {})
     again = checkpoint.network(case.engine, checkpoint.read_weights(path, case.engine.name))
-    image, settings = noise(21, 34, "uint8"), infer_settings(case.engine)
-    one, two = (case.engine.apply(net, Photo(image), settings, Watch()) for net in (case.net.eval(), again))
+    opened, settings = inputs(case.engine, 21, 34)[0], infer_settings(case.engine)
+    one, two = (case.engine.apply(net, opened, settings, Watch()) for net in (case.net.eval(), again))
     assert np.array_equal(one.image, two.image)
     assert one.facts == two.facts
 
@@ -264,14 +282,17 @@ def test_weights_saved_and_loaded_give_the_same(case: Case, tmp_path: Path) -> N
 @networks
 @pytest.mark.parametrize("size", [(1, 1), (1, 23), (19, 1), (2, 2), (15, 17), (40, 57)])
 def test_any_size_and_type(case: Case, size: tuple[int, int]) -> None:
-    for kind in ("uint8", "uint16", "float32"):
-        image = noise(*size, kind)
-        before = image.copy()
-        result = case.engine.apply(disturbed(case), Photo(image), infer_settings(case.engine), Watch())
+    for opened in inputs(case.engine, *size):
+        before = pixels(opened).copy()
+        if case.engine.specimen and min(size) < 2:
+            with pytest.raises(ImgtoolError, match="less than one of each colour"):
+                case.engine.apply(disturbed(case), opened, infer_settings(case.engine), Watch())
+            continue
+        result = case.engine.apply(disturbed(case), opened, infer_settings(case.engine), Watch())
         assert result.image.shape == (size[0] * case.engine.scale, size[1] * case.engine.scale, 3)
-        assert result.image.dtype == image.dtype
+        assert result.image.dtype == (np.uint8 if case.engine.specimen else before.dtype)
         assert np.isfinite(result.image).all()
-        assert np.array_equal(image, before)
+        assert np.array_equal(pixels(opened), before)
 
 
 @networks
@@ -279,24 +300,28 @@ def test_tiled_equals_whole_or_is_refused(case: Case) -> None:
     if "tile" not in engines.settings(case.engine.name).Infer.model_fields:
         pytest.skip("the engine cuts nothing")
     facts: TileFacts = case.engine.tiles(disturbed(case))
-    image = noise(201, 173, "float32")
-    whole = case.engine.apply(case.net, Photo(image), infer_settings(case.engine, tile=0), Watch())
+    opened = inputs(case.engine, 201, 173)[-1]
+    exact = {"depth": "16"} if case.engine.specimen else {}  # 16 bits: rounding hides little
+    whole = case.engine.apply(case.net, opened, infer_settings(case.engine, tile=0, **exact), Watch())
     if not facts.local:
         with pytest.raises(ImgtoolError, match="tiles would change the result") as caught:
-            case.engine.apply(case.net, Photo(image), infer_settings(case.engine, tile=64), Watch())
+            case.engine.apply(case.net, opened, infer_settings(case.engine, tile=64), Watch())
         assert facts.reason in caught.value.what
         return
-    assert np.abs(whole.image - image).max() > 0.01  # the network does something
-    tiled = case.engine.apply(case.net, Photo(image), infer_settings(case.engine, tile=64), Watch())
+    scale = 65535 if exact else 1
+    if not exact:
+        assert np.abs(whole.image - opened.pixels).max() > 0.01  # the network does something
+    tiled = case.engine.apply(case.net, opened, infer_settings(case.engine, tile=64, **exact), Watch())
     assert tiled.facts["tiles"] == 12
-    assert np.abs(tiled.image - whole.image).max() < 0.05 / 255 / 10
+    apart = np.abs(tiled.image.astype(np.float64) - whole.image).max() / scale
+    assert apart < (1.01 / 65535 if exact else 0.05 / 255 / 10)
 
 
 @networks
 def test_progress_is_told(case: Case) -> None:
     told: list[tuple[int, int]] = []
     watch = Watch(done=lambda finished, total: told.append((finished, total)))
-    case.engine.apply(case.net.eval(), Photo(noise(30, 30, "uint8")), infer_settings(case.engine), watch)
+    case.engine.apply(case.net.eval(), inputs(case.engine, 30, 30)[0], infer_settings(case.engine), watch)
     assert told[-1][0] == told[-1][1] > 0
 
 

@@ -336,6 +336,13 @@ def test_exif_directory_that_points_at_itself():
 # Metadata
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+def test_a_large_png_is_what_it_was(dtype):
+    pixels = np.zeros((2000, 2000, 3), dtype)
+    pixels[500:600] = np.random.default_rng(0).integers(0, np.iinfo(dtype).max, (100, 2000, 3))
+    assert np.array_equal(images.read(images.encode(Photo(pixels), "png")).pixels, pixels)
+
+
 @pytest.mark.parametrize("order", ["<", ">"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["jpg", "png", "tif", "webp"])

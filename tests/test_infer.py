@@ -886,6 +886,64 @@ def test_an_alpha_and_a_mark_of_the_engine(infer: Run, monkeypatch: pytest.Monke
     assert "alpha is dropped" in infer("a.png", "-o", "c.jpg").err
 
 
+def test_an_engine_names_its_inputs_and_its_own_format(infer: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_engine(monkeypatch, apply=negative, suffixes=(".png",), form=lambda settings: "webp")
+    put("in/a.png")
+    put("in/b.jpg")
+    assert infer("in", "-o", "out").code == 0
+    assert outputs_of("out") == ["out/a.webp"]
+    assert infer("in/a.png", "--format", "tif").code == 0
+    assert infer("in/b.jpg", "-o", "c.jpg").code == 0
+    assert infer("in/a.png", "-o", "-").raw[8:12] == b"WEBP"
+    assert {"in/a-deblur.tif", "c.jpg"} <= set(listing())
+
+
+def test_an_engine_that_needs_no_weights_gets_none(infer: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    nets: list[Any] = []
+    with_engine(
+        monkeypatch,
+        apply=lambda net, photo, *_: nets.append(net) or Result(255 - photo.pixels),
+        uses_weights=lambda settings: False,
+    )
+    put("a.png")
+    assert infer("a.png", "--weights", "none.safetensors", "--json").lines[0]["model"] is None
+    assert nets == [None]
+    assert infer("a.png", "-o", "c.png", "-n", "--weights", "none.safetensors").code == 0
+
+
+def test_an_engine_asks_another_about_the_photo_and_about_bytes(
+    infer: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[Any] = []
+
+    def measure(net: Any, photo: Photo, settings: Any, watch: Watch) -> Result:
+        watch.say("measured")
+        facts = {"mean": float(photo.pixels.mean()), "domain": settings.domain, "picture": watch.picture}
+        return Result(None, facts)
+
+    def apply(net: Any, photo: Photo, settings: Any, watch: Watch) -> Result:
+        other = images.encode(Photo(np.full((4, 5, 3), 9, np.uint8)), "png")
+        facts = {"own": watch.consult("awb"), "given": watch.consult("awb", other, domain="raw")}
+        return Result(255 - photo.pixels, facts)
+
+    asked: Engine = replace(
+        ENGINE, name="awb", apply=measure, prepare=lambda *_: built.append(1) or 1, weights="awb-hist"
+    )
+    asking: Engine = replace(ENGINE, apply=apply)
+    monkeypatch.setattr(engines, "load", lambda name: asked if name == "awb" else asking)
+    for number in range(2):
+        put(f"in/{number}.png", np.full((6, 6, 3), 40 + number, np.uint8))
+    done = infer("in", "-o", "out", "--json")
+    assert done.code == 0
+    for number, line in enumerate(done.lines):
+        assert line["facts"]["own"] == {"mean": 40 + number, "domain": "auto", "picture": False}
+        assert line["facts"]["given"] == {"mean": 9, "domain": "raw", "picture": False}
+    assert len(built) == 1
+    assert "in/1.png: measured" in done.err
+    with pytest.raises(ImgtoolError, match="cannot be asked here"):
+        Watch().consult("awb")
+
+
 def test_side_by_side_shows_both_at_full_size(infer: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     Image.fromarray(scene()).save("a.png", icc_profile=profile)

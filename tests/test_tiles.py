@@ -380,6 +380,32 @@ def test_tiles_are_quartered_when_memory_ends(fault: Callable[[], BaseException]
     assert edge <= 168
 
 
+@pytest.mark.parametrize("shape", [(61, 47), (61, 47, 3)])
+def test_any_array_can_be_filled_tile_by_tile(shape: tuple[int, ...]) -> None:
+    image = picture(*shape[:2], "uint16")[..., 0] if len(shape) == 2 else picture(*shape[:2], "uint16")
+    told: list[tuple[int, int]] = []
+
+    def make(tile: tiles.Tile) -> Array:
+        rows, columns = tile.rows, tile.columns
+        if rows.stop - rows.start > 30:
+            raise MemoryError
+        return image[rows.start : rows.stop, columns.start : columns.stop]
+
+    out = np.empty(shape, np.uint16)
+    watch = Watch(done=lambda finished, total: told.append((finished, total)))
+    with pytest.raises(ImgtoolError, match="even for a tile of 61 pixels"):
+        tiles.walk(make, out, Plan(0, 4), TileFacts(), watch)
+    count, edge = tiles.walk(make, out, Plan(25, 4), TileFacts(), watch)
+    assert np.array_equal(out, image)
+    assert (count, edge, told[-1]) == (6, 24, (6, 6))
+
+
+def test_the_largest_core_is_the_networks() -> None:
+    assert tiles.choose(9000, 9000, None, 16, 1e12, TileFacts(2)) == 0
+    assert tiles.choose(9000, 9000, None, 16, 1e10, TileFacts(2)) == 1024
+    assert tiles.choose(9000, 9000, None, 16, 1e10, TileFacts(2, largest=513)) == 512
+
+
 @given(SIZES, SIZES, st.integers(110, 300), st.sampled_from([1, 8, 16]))
 @pytest.mark.slow
 def test_quartered_tiles_are_the_whole_photo(height: int, width: int, edge: int, multiple: int) -> None:

@@ -16,6 +16,7 @@ SUMMARY = {
     "lens": "Straighten photos that a lens bent.",
     "deblur": "Sharpen motion-blurred photos of any size.",
     "awb": "White balance: gains of red and blue from raw frames.",
+    "isp": "RAW Bayer frames to photographs.",
 }
 
 

@@ -10,6 +10,7 @@ import re
 import struct
 import zlib
 from collections.abc import Collection, Iterator, Mapping
+from functools import lru_cache
 from typing import NamedTuple
 from xml.etree import ElementTree
 from xml.parsers import expat
@@ -152,6 +153,24 @@ def exif_of_tiff(data: bytes, leave_out: Collection[int] = ()) -> bytes | None:
     ]
     header = data[:2] + struct.pack(order + "HI", 42, 8)
     return header + directory(kept, order, 8) if kept else None
+
+
+def exif_of_raw(data: bytes) -> bytes | None:
+    """Return what a camera RAW file says of its photo, upright; None if it says nothing or is no TIFF.
+
+    Maker notes are left out: they are large, and hold offsets into the file.
+    """
+    exif = exif_of_tiff(data, leave_out=(MAKER_NOTE,))
+    return upright(exif) if exif else None
+
+
+@lru_cache(maxsize=1)
+def srgb_profile() -> bytes:
+    """Return an ICC profile of sRGB (IEC 61966-2-1), the same bytes always."""
+    from PIL import ImageCms
+
+    made = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    return made[:24] + struct.pack(">6H", 2024, 1, 1, 0, 0, 0) + made[36:]  # when it was made
 
 
 def tag_value(data: bytes, tag: int) -> int | None:

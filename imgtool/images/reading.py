@@ -206,9 +206,7 @@ def _is_raw(head: bytes, suffix: str) -> bool:
 
 def _with_libraw(path: Path, data: bytes) -> Photo:
     pixels: Array = np.ascontiguousarray(raw.render(path))
-    # Maker notes of RAW files hold offsets into the file and are large.
-    exif = metadata.exif_of_tiff(data, leave_out=(metadata.MAKER_NOTE,))
-    return Photo(pixels, exif=metadata.upright(exif) if exif else None, format="raw")
+    return Photo(pixels, exif=metadata.exif_of_raw(data), format="raw")
 
 
 def _raw_of_bytes(data: bytes, name: str) -> Photo:

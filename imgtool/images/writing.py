@@ -23,7 +23,8 @@ from imgtool.images.reading import FAULTS, rgb_of_bgr
 _NAMES = {"jpg": "JPEG", "png": "PNG", "tif": "TIFF", "webp": "WebP"}
 _LONGEST_EDGE = {"jpg": 65_500, "webp": 16_383}
 _LONGEST_JPEG_EXIF, _LONGEST_JPEG_XMP = 65_527, 65_502
-_PNG_LEVEL = 4  # of zlib: half the time of 6 for a few percent more bytes
+_PNG_LEVEL, _LARGE_LEVEL = 4, 1  # of zlib: 4 takes half the time of 6 for a few percent more bytes, 1 a third
+_LARGE = 12_000_000  # values of a picture from which time counts more than bytes
 _FULL_COLOUR = 90  # JPEG quality from which colour keeps its resolution
 
 
@@ -79,13 +80,15 @@ def _png_of_two(array: Array) -> bytes:
 
 
 def _plain_png(array: Array) -> bytes:
-    if array.dtype == np.uint8:
+    two = array.ndim == 3 and array.shape[2] == 2
+    if array.dtype == np.uint8 and (two or array.size < _LARGE):
         buffer = io.BytesIO()
         Image.fromarray(array).save(buffer, "PNG", compress_level=_PNG_LEVEL)
         return buffer.getvalue()
-    if array.ndim == 3 and array.shape[2] == 2:
+    if two:
         return _png_of_two(array)
-    done, packed = cv2.imencode(".png", rgb_of_bgr(array), [cv2.IMWRITE_PNG_COMPRESSION, _PNG_LEVEL])
+    level = _PNG_LEVEL if array.size < _LARGE else _LARGE_LEVEL
+    done, packed = cv2.imencode(".png", rgb_of_bgr(array), [cv2.IMWRITE_PNG_COMPRESSION, level])
     if not done:
         raise ValueError("OpenCV refuses")
     return packed.tobytes()

@@ -67,7 +67,6 @@ def test_a_worker_measures_the_core_and_imports_nothing_large(weights: Path) -> 
         told = answer[part]
         assert 0 < told["p50"] <= told["p95"] <= told["p99"] <= told["max"] < 1000
         assert told["timings"] == 20
-    assert answer["network"]["p50"] < answer["core"]["p50"]
     peaks = [answer["phases_mb"][name] for name in ("import", "load", "first", "steady")]
     assert peaks == sorted(peaks)
     assert 15 < peaks[0] < peaks[-1] == answer["peak_mb"] < 150 < held.nbytes / 1e6

@@ -1,7 +1,7 @@
 """Camera RAW to statistics: the mosaic itself is averaged, nothing is demosaicked or rendered.
 
 LibRaw can crash on broken files, so a child process decodes: a fork of this one, which shares the memory
-of interpreter and libraries, or ``python -m imgtool.engines.awb.mosaic IN OUT`` where forking is unsafe.
+of interpreter and libraries, or the one of ``imgtool.decoder`` where forking is unsafe.
 """
 
 from __future__ import annotations
@@ -11,19 +11,18 @@ import json
 import os
 import selectors
 import signal
-import struct
 import sys
-import tempfile
 import time
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from imgtool import decoder, tags
 from imgtool import raw as render
 from imgtool.engines.awb.camera import DAYLIGHT, GENERIC, Camera, Locus
 from imgtool.engines.awb.stats import SATURATED, AwbStats, Grid, of_samples, saturation
@@ -35,13 +34,11 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float64]
-Tags = Mapping[int, tuple[float, ...] | str]
 
 SAMPLES = 8
 """Super-pixels of 2x2 that a side of a cell has, where the frame is large enough."""
 
-DNG_VERSION, SUBFILE_TYPE = 50706, 254
-_MAKER, _MODEL, _UNIQUE_MODEL = 271, 272, 50708
+tiff_tags, DNG_VERSION, SUBFILE_TYPE = tags.read, tags.DNG_VERSION, tags.SUBFILE_TYPE
 _MATRICES, _CALIBRATIONS, _LIGHTS = (50721, 50722), (50723, 50724), (50778, 50779)
 _BALANCE = 50727
 _KELVIN: Mapping[float, float] = {
@@ -51,15 +48,11 @@ _KELVIN: Mapping[float, float] = {
 """EXIF's LightSource to kelvin, as the DNG SDK has it (dng_camera_profile.cpp, IlluminantToTemperature)."""
 
 _D50 = np.array([0.96422, 1.0, 0.82521])
-_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8}
-_CODES = {1: "B", 3: "H", 4: "I", 5: "I", 6: "b", 8: "h", 9: "i", 10: "i", 11: "f", 12: "d"}
-_LONGEST = 4096
 _CRASHED = "convert it to DNG or TIFF with the camera maker's software"
 _OTHER = "give a Bayer RAW, or a rendered photo, whose gains are a correction"
-_HOPELESS = 2.0
 
 
-def read(path: Path, name: str = "", timeout: float = render.TIMEOUT) -> AwbStats:
+def read(path: Path, name: str = "", timeout: float = decoder.TIMEOUT) -> AwbStats:
     """Average a camera RAW file into cells, as the sensor lies.
 
     Bayer mosaics of three colours are read. White is the level that LibRaw knows, or the plateau of
@@ -83,7 +76,7 @@ def read(path: Path, name: str = "", timeout: float = render.TIMEOUT) -> AwbStat
     try:
         render.refuse_headerless(path)
         forks = hasattr(os, "fork") and "torch" not in sys.modules
-        data = _forked(path, timeout) if forks else _fresh(path, timeout)
+        data = _forked(path, timeout) if forks else _asked(path, timeout)
     except ImgtoolError as fault:
         what = fault.what.replace(str(path.absolute()), str(path)).replace(str(path), name or str(path))
         raise ImgtoolError(what, fault.hint, fault.code) from None
@@ -94,13 +87,10 @@ def _crashed(path: Path, how: str = "decoding crashed") -> ImgtoolError:
     return ImgtoolError(f"cannot decode {path}: {how}", _CRASHED)
 
 
-def _fresh(path: Path, timeout: float) -> bytes:
-    """Decode in a new interpreter."""
-    with tempfile.TemporaryDirectory(prefix="imgtool-") as folder:
-        target = Path(folder, "stats")
-        command = [sys.executable, "-m", "imgtool.engines.awb.mosaic", str(path.absolute()), str(target)]
-        render.run(command, path, timeout)
-        return target.read_bytes()
+def _asked(path: Path, timeout: float) -> bytes:
+    """Have this process's decoder do it."""
+    _, data = decoder.ask("imgtool.engines.awb.mosaic:answer", path, str(path), timeout)
+    return bytes(data)
 
 
 def _forked(path: Path, timeout: float) -> bytes:
@@ -191,49 +181,6 @@ def _sensible(matrix: Floats) -> bool:
     return bool(np.isfinite(matrix).all() and abs(np.linalg.det(matrix)) >= 1e-6)
 
 
-def tiff_tags(file: BinaryIO, wanted: Collection[int]) -> dict[int, tuple[float, ...] | str]:
-    """Read tags of the first directory of a TIFF structure (TIFF 6.0); broken ones are left out.
-
-    Args:
-        file: At least the head and what the tags point to.
-        wanted: Numbers of tags.
-
-    Returns:
-        Tag to its numbers, or its text.
-    """
-    file.seek(0)
-    head = file.read(8)
-    order = {b"II": "<", b"MM": ">"}.get(head[:2], "")
-    if not order or len(head) < 8:
-        return {}
-    file.seek(struct.unpack(order + "I", head[4:])[0])
-    count = int.from_bytes(file.read(2), "little" if order == "<" else "big")
-    directory = file.read(12 * count)
-    found = {}
-    for place in range(0, len(directory) - 11, 12):
-        tag, kind, number = struct.unpack_from(order + "HHI", directory, place)
-        length = _SIZES.get(kind, 0) * number
-        if tag not in wanted or not 0 < length <= _LONGEST:
-            continue
-        data = directory[place + 8 : place + 8 + length]
-        if length > 4:
-            file.seek(struct.unpack_from(order + "I", directory, place + 8)[0])
-            data = file.read(length)
-        if len(data) == length:
-            found[tag] = _value(data, kind, order)
-    return found
-
-
-def _value(data: bytes, kind: int, order: str) -> tuple[float, ...] | str:
-    if kind == 2:
-        return data.split(b"\0")[0].decode("ascii", "replace").strip()
-    numbers = [float(value) for (value,) in struct.iter_unpack(order + _CODES[kind], data)]
-    if kind in (5, 10):
-        parts = zip(numbers[::2], numbers[1::2], strict=True)
-        return tuple(over / under if under else 0.0 for over, under in parts)
-    return tuple(numbers)
-
-
 # What follows runs in the child.
 
 
@@ -280,39 +227,9 @@ def decode(path: Path) -> AwbStats:
     """Average a camera RAW in this process, which a broken file may crash; see ``read``."""
     import rawpy
 
-    with render.faults(path), rawpy.imread(str(path)) as raw:
-        places = _places(raw, path)
+    with render.faults(str(path)), rawpy.imread(str(path)) as raw:
+        places = render.bayer(raw, str(path), _OTHER)
         return _averaged(raw, places, path).changed(camera=_identity(raw, path), about=_about(raw))
-
-
-def _places(raw: rawpy.RawPy, path: Path) -> dict[str, list[tuple[int, int, int]]]:
-    """Return where in a 2x2 block each colour is: row, column and LibRaw's number of the channel.
-
-    Raises:
-        ImgtoolError: Anything but a Bayer mosaic of red, green and blue.
-    """
-    import rawpy
-
-    if raw.raw_type != rawpy.RawType.Flat:
-        what = "holds several values per pixel (linear DNG, Foveon or sRAW)"
-        raise ImgtoolError(f"{path} {what}, not a Bayer mosaic", _OTHER)
-    pattern, letters = raw.raw_pattern, raw.color_desc.decode("ascii", "replace")
-    if pattern is None or raw.num_colors == 1:
-        raise ImgtoolError(
-            f"{path} is monochrome: it has no white balance", "give a RAW of a camera that sees colours"
-        )
-    if pattern.shape != (2, 2):
-        size = f"{pattern.shape[0]}×{pattern.shape[1]}"
-        raise ImgtoolError(f"{path} has a colour pattern of {size} pixels, such as X-Trans", _OTHER)
-    places: dict[str, list[tuple[int, int, int]]] = {}
-    for (row, column), channel in np.ndenumerate(pattern):
-        places.setdefault(letters[channel], []).append((row, column, int(channel)))
-    if {letter: len(found) for letter, found in places.items()} != {"R": 1, "G": 2, "B": 1}:
-        colours = "".join(letters[channel] for channel in pattern.ravel())
-        larger = "a pattern larger than 2×2 pixels, such as quad-Bayer"
-        what = larger if set(colours) <= set("RGB") else f"the colours {colours}"
-        raise ImgtoolError(f"{path} has {what}, not red, two greens and blue in 2×2 pixels (Bayer)", _OTHER)
-    return places
 
 
 def _averaged(raw: rawpy.RawPy, places: dict[str, list[tuple[int, int, int]]], path: Path) -> AwbStats:
@@ -329,7 +246,7 @@ def _averaged(raw: rawpy.RawPy, places: dict[str, list[tuple[int, int, int]]], p
     green = np.maximum(parts[1], parts[2])
     peak = np.maximum(np.maximum(parts[0], parts[3]), green)
     black, white = float(levels.mean()), _white(raw, peak)
-    _check_levels(black, white, peak, path)
+    render.check_levels(black, white, peak, str(path))
     white = saturation(np.stack([parts[0], green, parts[3]]), peak, black, white)
     saturated = peak >= black + SATURATED * (white - black)
     red, first, second, blue = (part - level for part, level in zip(parts, levels, strict=True))
@@ -345,16 +262,6 @@ def _white(raw: rawpy.RawPy, peak: Array) -> float:
     return float(min((level for level in named if level > 0), default=max(int(peak.max()), 1)))
 
 
-def _check_levels(black: float, white: float, peak: Array, path: Path) -> None:
-    """Refuse levels and values that no sensor gives: a truncated DNG decodes to noise without an error."""
-    # A sensor may pass the white level that LibRaw's table says, but not by a factor of two.
-    place = int(0.999 * (peak.size - 1))
-    top = float(np.partition(peak, place, None)[place])
-    if black >= white or top > _HOPELESS * white:
-        what = f"{path} is corrupt: black level {black:g}, white level {white:g}, values to {top:g}"
-        raise ImgtoolError(what, "copy the file again from the card")
-
-
 def _about(raw: rawpy.RawPy) -> dict[str, Any]:
     found: dict[str, Any] = {"size": [int(edge) for edge in raw.raw_image_visible.shape]}
     for key, balance in (
@@ -362,7 +269,7 @@ def _about(raw: rawpy.RawPy) -> dict[str, Any]:
         ("daylight_gains", raw.daylight_whitebalance),
     ):
         red, green, blue = balance[:3]
-        usable = all(np.isfinite(gain) and gain > 0 for gain in (red, green, blue))
+        usable = render.usable((red, green, blue))
         if usable and max(red, green, blue) > 1.001 * min(red, green, blue):  # all alike: not known
             found[key] = [float(red / green), float(blue / green)]
     other = getattr(raw, "other", None)
@@ -375,52 +282,43 @@ def _about(raw: rawpy.RawPy) -> dict[str, Any]:
 
 def _identity(raw: rawpy.RawPy, path: Path) -> Camera:
     """Return the camera's name and its matrices from XYZ, the file's own or LibRaw's, unchecked."""
-    wanted = {_MAKER, _MODEL, _UNIQUE_MODEL, _BALANCE, *_MATRICES, *_CALIBRATIONS, *_LIGHTS}
-    with path.open("rb") as file:
-        tags = tiff_tags(file, wanted)
-    maker, model = str(tags.get(_MAKER, "")), str(tags.get(_MODEL, ""))
-    said = any(word.lower() in model.lower() for word in maker.split())
-    name = str(tags.get(_UNIQUE_MODEL, "")) or (model if said else f"{maker} {model}")
-    matrix, matrices = _matrices(tags)
+    names = (tags.MAKER, tags.MODEL, tags.UNIQUE_MODEL)
+    found = tags.of_file(path, {*names, _BALANCE, *_MATRICES, *_CALIBRATIONS, *_LIGHTS})
+    matrix, matrices = _matrices(found)
     if matrix is None and raw.rgb_xyz_matrix[:3].any():
         matrix = raw.rgb_xyz_matrix[:3].astype(np.float64)
-    return Camera(name.strip(), GENERIC.locus, xyz_to_camera=matrix, matrices=matrices)
+    return Camera(tags.camera(found), GENERIC.locus, xyz_to_camera=matrix, matrices=matrices)
 
 
-def _matrices(tags: Tags) -> tuple[Floats | None, tuple[tuple[float, Floats], ...]]:
+def _matrices(found: tags.Tags) -> tuple[Floats | None, tuple[tuple[float, Floats], ...]]:
     """Return XYZ to camera of a DNG for the light nearest to D65; and for both lights, where it has two."""
-    there = [number for number in (1, 0) if len(_numbers(tags, _MATRICES[number])) == 9]
+    there = [number for number in (1, 0) if len(tags.numbers(found, _MATRICES[number])) == 9]
     if not there:
         return None, ()
-    kelvin = {number: _light(tags, number) for number in there}
+    kelvin = {number: _light(found, number) for number in there}
     away = {number: abs(1 / (light or DAYLIGHT) - 1 / DAYLIGHT) for number, light in kelvin.items()}
     nearest = min(there, key=lambda number: (away[number], not kelvin[number]))
     two = len({light for light in kelvin.values() if light}) == 2
-    several = ((light, _product(tags, number, even=True)) for number, light in kelvin.items() if two)
-    return _product(tags, nearest), tuple(several)
+    several = ((light, _product(found, number, even=True)) for number, light in kelvin.items() if two)
+    return _product(found, nearest), tuple(several)
 
 
-def _light(tags: Tags, number: int) -> float:
+def _light(found: tags.Tags, number: int) -> float:
     """Return the colour temperature of a calibration light in kelvin, 0 where unknown."""
-    told = _numbers(tags, _LIGHTS[number])
+    told = tags.numbers(found, _LIGHTS[number])
     return _KELVIN.get(told[0], 0.0) if told else 0.0
 
 
-def _numbers(tags: Tags, tag: int) -> tuple[float, ...]:
-    found = tags.get(tag, ())
-    return () if isinstance(found, str) else found
-
-
-def _product(tags: Tags, number: int, even: bool = False) -> Floats:
+def _product(found: tags.Tags, number: int, even: bool = False) -> Floats:
     """Return AnalogBalance x CameraCalibration x ColorMatrix: DNG Specification 1.7, chapter 6.
 
     Two are interpolated on even scales: as in the DNG SDK, the largest part of white under D50 is 1.
     """
-    matrix = np.array(_numbers(tags, _MATRICES[number]), np.float64).reshape(3, 3)
+    matrix = np.array(tags.numbers(found, _MATRICES[number]), np.float64).reshape(3, 3)
     largest = float((matrix @ _D50).max())
     if even and largest > 0:
         matrix /= largest
-    calibration, balance = _numbers(tags, _CALIBRATIONS[number]), _numbers(tags, _BALANCE)
+    calibration, balance = tags.numbers(found, _CALIBRATIONS[number]), tags.numbers(found, _BALANCE)
     if len(calibration) == 9:
         matrix = np.array(calibration, np.float64).reshape(3, 3) @ matrix
     if len(balance) == 3:
@@ -433,23 +331,9 @@ def _no_memory(path: Path) -> ImgtoolError:
 
 
 def _said(fault: ImgtoolError) -> str:
-    """Return a fault as the line of JSON that ``imgtool.raw.run`` reads too."""
     return json.dumps({"what": fault.what, "hint": fault.hint}) + "\n"
 
 
-def main(source: str, target: str) -> int:
-    """Write the statistics of ``source`` to ``target``; a fault is one line of JSON on standard output."""
-    path = Path(source)
-    try:
-        Path(target).write_bytes(_packed(decode(path)))
-    except ImgtoolError as fault:
-        sys.stdout.write(_said(fault))
-        return FAILED
-    except MemoryError:
-        sys.stdout.write(_said(_no_memory(path)))
-        return FAILED
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+def answer(path: Path, name: str) -> tuple[dict[str, Any], bytes]:
+    """Average a camera RAW in this process, for ``imgtool.decoder``."""
+    return {}, _packed(decode(path))

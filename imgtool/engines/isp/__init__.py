@@ -1,0 +1,1 @@
+"""RAW Bayer mosaics to photographs."""

@@ -1,0 +1,375 @@
+"""A frame developed: levels, balance, noise, network and colours, in tiles; then cropped, turned upright."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from imgtool import compute, files, images, mosaic, raw, tiles
+from imgtool.engine import Result, TileFacts, Watch
+from imgtool.engines.isp import bayer, model
+from imgtool.engines.isp import noise as measured
+from imgtool.errors import USAGE, ImgtoolError
+from imgtool.images import metadata
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from imgtool.engine import Pixels
+    from imgtool.engines.isp.settings import Infer
+    from imgtool.mosaic import Mosaic
+
+Gains = tuple[float, float, float]
+
+LEAST_BYTES, BYTES_A_CHANNEL = 130, {"lrfu": 13, "punet": 7}
+"""Resident memory per pixel of the mosaic: growth of VmHWM, float32, two threads; of the front end, and for
+each channel of a network's first level."""
+
+LARGEST = {"lrfu": 512, "punet": 2048}
+"""Core edge of tiles: from 512 to 1024 CPU time does not depend on it, memory does. Where the halo is wide,
+small tiles compute little else."""
+
+SUFFIXES = files.RAW | {".png"}
+"""Of the files that are inputs in folders."""
+
+TURNS = {3: cv2.ROTATE_180, 5: cv2.ROTATE_90_COUNTERCLOCKWISE, 6: cv2.ROTATE_90_CLOCKWISE}
+"""How a picture that lies as LibRaw's flip says is turned upright."""
+
+_TOP = 65535
+_NONE = (1.0, 1.0, 1.0)
+
+
+def check(settings: Infer) -> None:
+    """Raise what is wrong with the settings whatever the frame.
+
+    Raises:
+        ImgtoolError: Code 2: --wb or --noise is neither a known word nor numbers that make sense.
+    """
+    if settings.wb not in ("camera", "daylight", "auto"):
+        _numbers(settings.wb, 3, "--wb", "camera, daylight, auto, or three gains above 0 such as 2.1,1,1.6")
+    if settings.noise != "auto":
+        _numbers(settings.noise, 2, "--noise", "auto, or two variances such as 1e-3,1e-6", zero=True)
+
+
+def _numbers(text: str, count: int, flag: str, known: str, zero: bool = False) -> tuple[float, ...]:
+    try:
+        found = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        found = ()
+    if len(found) != count or not all(math.isfinite(n) and (n > 0 or (zero and n == 0)) for n in found):
+        raise ImgtoolError(f"{flag} {text!r} is not understood", f"known: {known}", USAGE)
+    return found
+
+
+def form(settings: Infer) -> str:
+    """Return the file type that is written where nothing else is said."""
+    return "png" if settings.depth == "16" else "jpg"
+
+
+def uses_weights(settings: Infer) -> bool:
+    """Tell whether a network is asked."""
+    return settings.demosaic == "net"
+
+
+def opened(source: Path | bytes, name: str, settings: Infer, net: nn.Module | None) -> Mosaic:
+    """Read a frame: camera RAW, a PNG of one channel, or a file without a header whose size is stated.
+
+    Args:
+        source: The file, or its content.
+        name: What messages call it.
+        settings: Of ``infer``: what is stated of files without a header.
+        net: Not used.
+
+    Raises:
+        ImgtoolError: As ``mosaic.read``.
+    """
+    stated = mosaic.Stated(settings.size, settings.pattern, settings.bits, settings.black, settings.white)
+    return mosaic.read(source, stated, name)
+
+
+@contextmanager
+def _file(source: Path | bytes) -> Iterator[Path]:
+    """Give a file of a source that may be the content of one."""
+    if isinstance(source, Path):
+        yield source
+        return
+    with tempfile.TemporaryDirectory(prefix="imgtool-") as folder:
+        path = Path(folder, "input.dng")
+        files.write(path, source)
+        yield path
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a frame is developed with, and where each part is from.
+
+    Attributes:
+        gains: White balance of red, green and blue, the least 1.
+        gains_from: "camera", "daylight", "auto", "given" or "none".
+        noise: Shot and read variance, black at 0 and white at 1.
+        noise_from: "file", "measured" or "given".
+        matrix: ``(3, 3)`` balanced camera RGB to linear sRGB.
+        matrix_from: "library", "file" or "none".
+    """
+
+    gains: Gains
+    gains_from: str
+    noise: tuple[float, float]
+    noise_from: str
+    matrix: npt.NDArray[np.float64]
+    matrix_from: str
+
+
+def tile_facts(net: nn.Module) -> TileFacts:
+    """Return what cutting a mosaic into tiles may assume; sizes in its pixels."""
+    kind, channels = "lrfu", 0
+    if isinstance(net, model.Lrfu):
+        channels = net.head.out_channels
+    elif isinstance(net, model.Punet):
+        kind, channels = "punet", 4 * net.last.in_channels
+    wide = max(LEAST_BYTES, channels * BYTES_A_CHANNEL[kind])
+    halo, multiple = int(net.halo), int(net.multiple)  # type: ignore[arg-type]
+    return TileFacts(multiple, halo=halo, border=halo, bytes_per_pixel=wide, largest=LARGEST[kind])
+
+
+def apply(net: nn.Module | None, frame: Mosaic, settings: Infer, watch: Watch) -> Result:
+    """Develop a frame into an upright sRGB photo.
+
+    Args:
+        net: The network; None for the front end alone (``settings.demosaic``).
+        frame: What ``opened`` gave.
+        settings: Of ``infer``.
+        watch: Told how it goes; asked for another engine's white where the settings want it.
+
+    Returns:
+        The photo, 8 or 16 bit, and what it was made with.
+
+    Raises:
+        ImgtoolError: Memory runs out, the network is damaged, or no white balance is found.
+    """
+    for warning in frame.warnings:
+        watch.say(warning)
+    if net is None:
+        net = model.Demosaic(settings.demosaic).to(compute.device(settings.device))
+    told = _told(net, frame, settings, watch)
+    image, cut = developed(net, frame, told, settings, watch)
+    photo, labels = images.Photo(np.empty((0, 0, 3), np.uint8)), ("before", "after")
+    photo = replace(photo, exif=_exif(frame, watch.source), icc=metadata.srgb_profile(), format="raw")
+    facts: dict[str, Any] = {
+        "pattern": frame.pattern,
+        "black": list(frame.black),
+        "white": frame.white,
+        "wb": list(told.gains),
+        "wb_source": told.gains_from,
+        "noise": list(told.noise),
+        "noise_source": told.noise_from,
+        "matrix_source": told.matrix_from,
+        "camera": frame.camera or None,
+        **cut,
+    }
+    if watch.before:
+        before, name = _before(frame, told, settings, watch)
+        photo, labels = replace(photo, pixels=before), (name, "imgtool")
+        if settings.compare:
+            watch.say(f"PSNR between the photo and {name}: {_apart(before, image)}")
+    return Result(image, facts, before=photo, labels=labels, line=_line(told))
+
+
+def _line(told: Told) -> str:
+    red, _, blue = told.gains
+    shown = f"wb {red:.2f}, {blue:.2f} ({told.gains_from})" if told.gains_from != "none" else ""
+    return f"{shown}  noise {told.noise[0]:.1e}, {told.noise[1]:.1e} ({told.noise_from})".strip()
+
+
+def _told(net: nn.Module, frame: Mosaic, settings: Infer, watch: Watch) -> Told:
+    gains, source = _balance(net, frame, settings, watch)
+    if settings.noise != "auto":
+        shot, read = _numbers(settings.noise, 2, "--noise", "", zero=True)
+        variances, heard = (shot, read), "given"
+    elif frame.noise is not None:
+        variances, heard = frame.noise, "file"
+    else:
+        variances, heard = measured.estimate(frame), "measured"
+    matrix, known = frame.matrix, frame.matrix_source or "file"
+    if matrix is None:
+        matrix, known = np.eye(3), "none"
+        if net.colour == "camera":
+            watch.say("the camera's colours are taken for those of sRGB")
+    return Told(gains, source, variances, heard, matrix, known)
+
+
+def _balance(net: nn.Module, frame: Mosaic, settings: Infer, watch: Watch) -> tuple[Gains, str]:
+    """Return the gains, the least 1, and what they are from."""
+    if net.scaling == "mai21":
+        return _NONE, "none"
+    known = {"camera": frame.gains, "daylight": frame.daylight}
+    if settings.wb not in (*known, "auto"):
+        return bayer.least_is_one(_numbers(settings.wb, 3, "--wb", "")), "given"
+    for source in dict.fromkeys((settings.wb, "daylight")) if settings.wb in known else ():
+        gains = known[source]
+        if gains is not None:
+            if source != settings.wb:
+                watch.say("daylight's white balance is taken for the camera's")
+            return bayer.least_is_one(gains), source
+    if settings.wb == "camera" and net.colour == "learned":  # as it was trained
+        return _NONE, "none"
+    if settings.wb in known:
+        watch.say(f"no white balance of {settings.wb} is known: the engine awb finds one")
+    return _found(frame, watch), "auto"
+
+
+def _found(frame: Mosaic, watch: Watch) -> Gains:
+    """Return the gains that the awb engine finds: in the file, or in a picture of a bare mosaic."""
+    if frame.matrix_source:
+        facts: Mapping[str, Any] = watch.consult("awb")
+    else:
+        facts = watch.consult("awb", _linear_png(frame), black=0.0, white=float(_TOP), domain="raw")
+    gains = (float(facts["red_gain"]), 1.0, float(facts["blue_gain"]))
+    return bayer.least_is_one(gains)
+
+
+def _linear_png(frame: Mosaic) -> bytes:
+    """Return a 16-bit PNG of linear camera RGB, half as large: black is 0, white the greatest value."""
+    height, width = bayer.aligned_size(frame)
+    red, above, below, blue = bayer.pack(bayer.window(frame, (0, height), (0, width)))
+    rgb = np.stack([red, (above + below) / 2, blue], 2)
+    return images.encode(images.Photo(images.to_type(rgb, np.uint16)), "png")
+
+
+def developed(
+    net: nn.Module, frame: Mosaic, told: Told, settings: Infer, watch: Watch
+) -> tuple[Pixels, dict[str, int]]:
+    """Return the upright picture, and how it was cut into tiles."""
+    net = compute.channels_last(model.folded(net))
+    facts = tile_facts(net)
+    height, width = bayer.aligned_size(frame)
+    core = tiles.choose(height, width, settings.tile, facts.halo, settings.memory * 1e9, facts)
+    if settings.tile is None:
+        core = core or facts.largest
+    plan = tiles.Plan(core, facts.halo)
+    out = np.empty((height, width, 3), np.uint16 if _is_deep(settings, watch) else np.uint8)
+    count, edge = tiles.walk(_Maker(net, frame, told, settings.ev, out.dtype), out, plan, facts, watch)
+    down, right = bayer.phase(frame.pattern)
+    visible = out[down : down + frame.values.shape[0], right : right + frame.values.shape[1]]
+    cut = {"tiles": count, "tile": edge, "halo": facts.halo if count > 1 else 0}
+    return _laid(visible, frame, settings), cut
+
+
+def _is_deep(settings: Infer, watch: Watch) -> bool:
+    if settings.depth != "auto":
+        return settings.depth == "16"
+    named = settings.format or (watch.place.suffix if watch.place else "")
+    return bool(named) and files.file_type(named) == "tif"
+
+
+class _Maker:
+    """Makes the core of a tile of the picture, as the sensor lies."""
+
+    def __init__(self, net: nn.Module, frame: Mosaic, told: Told, ev: float, dtype: npt.DTypeLike) -> None:
+        where = next(net.parameters()).device
+        self.net, self.frame, self.ev, self.dtype = net, frame, ev, np.dtype(dtype)
+        if net.scaling == "mai21":  # 4 x 255 of 10 bits, nothing subtracted
+            self.frame = replace(frame, black=(0.0,) * 4, white=frame.white * bayer.MAI21_WHITE / 1023)
+        self.gains = torch.tensor([told.gains], dtype=torch.float32, device=where)
+        self.noise = torch.tensor([told.noise], dtype=torch.float32, device=where)
+        self.matrix = torch.tensor(told.matrix, dtype=torch.float32, device=where)
+        self.where = where
+
+    @torch.inference_mode()
+    def __call__(self, tile: tiles.Tile) -> Pixels:
+        """Return ``(h, w, 3)`` of the output's type, clipped and rounded to nearest."""
+        rows, columns = tile.rows, tile.columns
+        values = bayer.window(
+            self.frame, (rows.read_start, rows.read_stop), (columns.read_start, columns.read_stop)
+        )
+        packed = torch.from_numpy(bayer.pack(values))[None].to(self.where)
+        fed = model.feed(self.net, packed, self.gains, self.noise)
+        photo = model.photo(self.net, fed.contiguous(memory_format=torch.channels_last), self.matrix, self.ev)
+        kept = photo[0, :, _core(rows), _core(columns)].permute(1, 2, 0)
+        if not torch.isfinite(kept.sum()):
+            raise ImgtoolError("the network's output is not finite", "its weights are damaged: take others")
+        return _whole_numbers(kept, self.dtype)
+
+
+def _core(span: tiles.Span) -> slice:
+    return slice(span.start - span.read_start, span.stop - span.read_start)
+
+
+def _whole_numbers(photo: Tensor, dtype: np.dtype[Any]) -> Pixels:
+    wanted = torch.uint8 if dtype == np.uint8 else torch.int32  # few devices know 16 bits
+    scaled = photo.clamp(0, 1).mul_(float(np.iinfo(dtype).max)).round_()
+    numbers: Pixels = scaled.to(wanted).cpu().numpy().astype(dtype, copy=False)
+    return numbers
+
+
+def _laid(visible: Pixels, frame: Mosaic, settings: Infer) -> Pixels:
+    """Cut the camera's crop out of a picture that lies as the sensor does, and turn it upright."""
+    if settings.area == "camera" and frame.crop:
+        top, left, height, width = frame.crop
+        visible = visible[top : top + height, left : left + width]
+    turn = TURNS.get(frame.flip) if settings.flip else None
+    plain: Pixels = np.ascontiguousarray(visible)
+    return plain if turn is None else np.asarray(cv2.rotate(plain, turn))
+
+
+def _before(frame: Mosaic, told: Told, settings: Infer, watch: Watch) -> tuple[Pixels, str]:
+    """Return another rendering with the same gains, and its name: LibRaw's, else the front end's."""
+    try:
+        if watch.source is None:
+            raise ImgtoolError("no file is there", "")
+        with _file(watch.source) as path:
+            lying = raw.render(path, told.gains, demosaic="ahd", upright=False)
+    except ImgtoolError:
+        watch.say("LibRaw does not render this file: it is shown beside Malvar's demosaicing")
+        plain = model.Demosaic("malvar").to(compute.device(settings.device))
+        quiet = replace(watch, done=lambda finished, total: None)
+        return developed(plain, frame, told, settings, quiet)[0], "front end (Malvar)"
+    return _laid(lying, frame, settings), "LibRaw AHD"
+
+
+def _apart(before: Pixels, after: Pixels) -> str:
+    """Return in words how far apart two pictures are."""
+    if before.shape != after.shape:
+        return f"none, their sizes differ ({before.shape[1]}x{before.shape[0]})"
+    psnr = cv2.PSNR(images.convert(before, np.uint8), images.convert(after, np.uint8))
+    return f"{min(psnr, 100.0):.2f} dB"
+
+
+def _exif(frame: Mosaic, source: Path | bytes | None) -> bytes | None:
+    """Return the EXIF block of the photo: what a TIFF-like file says, else what is known of the shot."""
+    data = files.read(source) if isinstance(source, Path) else source
+    told = metadata.exif_of_raw(data) if data else None
+    return told or _made_exif(frame)
+
+
+def _made_exif(frame: Mosaic) -> bytes | None:
+    from PIL import Image
+    from PIL.TiffImagePlugin import IFDRational
+
+    exif = Image.Exif()
+    if frame.camera:
+        exif[0x010F], exif[0x0110] = frame.camera.split()[0], frame.camera
+    if frame.exif.get("time"):
+        exif[0x0132] = frame.exif["time"]
+    inner = exif.get_ifd(0x8769)
+    for tag, name in ((0x829A, "exposure"), (0x829D, "aperture"), (0x920A, "focal")):
+        if frame.exif.get(name):
+            inner[tag] = IFDRational(float(frame.exif[name])).limit_rational(10_000)
+    if frame.exif.get("iso"):
+        inner[0x8827] = round(frame.exif["iso"])
+    if frame.exif.get("time"):
+        inner[0x9003] = frame.exif["time"]
+    if not exif and not inner:
+        return None
+    exif[0x0112] = 1
+    return exif.tobytes().removeprefix(b"Exif\0\0")

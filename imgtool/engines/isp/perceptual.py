@@ -1,0 +1,153 @@
+"""What VGG-19 sees in a picture: the layer relu5_4, for the loss of the original.
+
+Simonyan and Zisserman, "Very deep convolutional networks for large-scale image recognition", ICLR 2015
+(configuration E), with torchvision's weights. The network is a yardstick: nothing in it learns, and it is no
+part of what is trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from imgtool import compute
+from imgtool.errors import USAGE, ImgtoolError
+
+MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Of ImageNet's photos, in 0..1: what the weights expect."""
+
+BLOCKS = ((2, 64), (2, 128), (4, 256), (4, 512), (4, 512))
+"""Convolutions of each block and their channels; between the blocks, the maximum of 2x2 is taken."""
+
+STRIDE = 16
+"""Of the map that is made."""
+
+_TAKE = "give torchvision's vgg19 file by --vgg, or take another --loss"
+
+
+def _layers() -> list[nn.Module]:
+    """Return the layers up to relu5_4, numbered as torchvision numbers its ``features``: 0 to 35."""
+    layers: list[nn.Module] = []
+    channels = 3
+    for block, (count, width) in enumerate(BLOCKS):
+        layers += [nn.MaxPool2d(2)] if block else []
+        for _ in range(count):
+            layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
+            channels = width
+    return layers
+
+
+class Features(nn.Module):
+    """VGG-19 up to the ReLU behind its last convolution, relu5_4."""
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, state: Mapping[str, Tensor]) -> None:
+        """Build the network.
+
+        Args:
+            state: Its weights, named "0.weight", "0.bias" to "34.bias"; taken, not copied.
+
+        Raises:
+            RuntimeError: Weights missing, too many or of other shapes.
+        """
+        super().__init__()
+        with torch.device("meta"):
+            self.layers = nn.Sequential(*_layers())
+        self.layers.load_state_dict(dict(state), assign=True)
+        self.register_buffer("mean", torch.tensor(MEAN).reshape(3, 1, 1))
+        self.register_buffer("deviation", torch.tensor(DEVIATION).reshape(3, 1, 1))
+        self.requires_grad_(False).eval()
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Look at pictures, in float32 whatever autocast says.
+
+        Args:
+            image: ``(B, 3, H, W)`` sRGB in 0..1, sides of at least 16; gradients pass to it.
+
+        Returns:
+            ``(B, 512, H // 16, W // 16)``.
+        """
+        with torch.autocast(image.device.type, enabled=False):
+            seen: Tensor = self.layers((image.float() - self.mean) / self.deviation)
+        return seen
+
+
+@lru_cache(maxsize=1)
+def features(path: Path | None, where: torch.device) -> Features:
+    """Return the network on a device; kept, so that every step of a training has it.
+
+    Args:
+        path: File of weights; None takes torchvision's own (``weights_file``).
+        where: The device.
+
+    Raises:
+        ImgtoolError: Weights that cannot be had or read.
+    """
+    return read(weights_file(path)).to(where)
+
+
+def weights_file(path: Path | None) -> Path:
+    """Return the file of weights: the one that is named, else torchvision's, downloaded where it is not yet.
+
+    Raises:
+        ImgtoolError: Code 2, where there is no such file; code 1, where it cannot be downloaded.
+    """
+    if path is not None:
+        if not path.is_file():
+            raise ImgtoolError(f"no weights file {path}", _TAKE, USAGE)
+        return path
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    found = sorted(folder.glob("vgg19-*.pth"))
+    if found:
+        return found[-1]
+    models: Any = compute.torchvision().models
+    return _download(models.VGG19_Weights.IMAGENET1K_V1.url, folder)
+
+
+def _download(url: str, folder: Path) -> Path:
+    target = folder / url.rpartition("/")[2]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(target), target.stem.rpartition("-")[2], progress=False)
+    except (OSError, RuntimeError) as fault:
+        raise ImgtoolError(
+            f"cannot download {url}: {fault}", f"put {target.name} into {folder}, or name it by --vgg"
+        ) from None
+    return target
+
+
+def read(path: Path) -> Features:
+    """Read torchvision's VGG-19, whole, without its classifier, or its features alone.
+
+    No code of the file is run.
+
+    Raises:
+        ImgtoolError: A file that is damaged or of another network.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as fault:  # noqa: BLE001 - torch raises whatever the unpickler met
+        raise ImgtoolError(
+            f"{path} is no readable file of PyTorch weights ({type(fault).__name__})", _TAKE
+        ) from None
+    if not isinstance(state, Mapping) or not all(isinstance(each, Tensor) for each in state.values()):
+        raise ImgtoolError(f"{path} holds something else than the weights of a network", _TAKE)
+    wanted = {
+        name.removeprefix("features."): value.float()
+        for name, value in state.items()
+        if not name.startswith("classifier.")
+    }
+    if not all(bool(value.isfinite().all()) for value in wanted.values()):
+        raise ImgtoolError(f"{path} is damaged: its weights are not finite", _TAKE)
+    try:
+        return Features(wanted)
+    except RuntimeError as fault:
+        first = (str(fault).splitlines()[1:] or [str(fault)])[0].strip()
+        raise ImgtoolError(f"{path} is not of VGG-19: {first[:160]}", _TAKE) from None

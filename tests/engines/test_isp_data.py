@@ -1,0 +1,99 @@
+"""Data sets of the isp engine: fixed, in step with the seed, with LibRaw beside the held-out ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import default_collate
+
+from imgtool import metrics
+from imgtool.engines.isp import data, engine, model
+from imgtool.engines.isp.settings import Model, Train
+from imgtool.errors import USAGE, ImgtoolError
+
+
+def settings(folder: Path, **values: Any) -> Train:
+    return Train(photos=(folder,), crop=32, batch=2, held_out=5, **values)
+
+
+def test_a_sample_is_a_function_of_seed_and_number(photographs: Path) -> None:
+    first, second = (data.load(settings(photographs, seed=3))[0] for _ in range(2))
+    second[5]
+    for one, other in zip(first[70_000], second[70_000], strict=True):
+        assert torch.equal(one, other)
+    other = data.load(settings(photographs, seed=4))[0]
+    assert not torch.equal(first[0].packed, other[0].packed)
+
+
+def test_held_out_samples_do_not_follow_the_seed(photographs: Path) -> None:
+    first, second = (data.load(settings(photographs, seed=seed))[1] for seed in (1, 2))
+    assert torch.equal(first[1].packed, second[1].packed)
+
+
+def test_no_photograph_is_on_both_sides(photographs: Path) -> None:
+    train, held_out = data.load(settings(photographs))
+    names = [set(data.describe(each)["trained_on"]) for each in (train, held_out)]
+    assert names[0]
+    assert names[1]
+    assert not names[0] & names[1]
+
+
+def test_progress_is_told_over_the_whole_training(photographs: Path) -> None:
+    train, held_out = data.load(settings(photographs, steps=10))
+    assert [float(train[number].progress) for number in (0, 10, 19)] == pytest.approx([0, 0.5, 0.95])
+    assert train[0].rival.numel() == 0
+    assert held_out[0].rival.shape == held_out[0].target.shape
+
+
+def test_libraw_is_measured_on_the_same_frame(photographs: Path) -> None:
+    """Its rendering is nearer to the truth than linear demosaicing where there is no noise."""
+    _, held_out = data.load(settings(photographs))
+    batch = default_collate([held_out[number] for number in range(5)])
+    quiet = batch.noise[:, 0] == 0
+    assert bool(quiet.any())
+    with torch.inference_mode():
+        found = engine.score(model.build(Model()).eval(), batch)
+    assert float(found["libraw"][quiet].mean()) > 25
+    assert abs(float((found["libraw"] - found["psnr"])[quiet].mean())) < 8
+
+
+def test_a_larger_exposure_of_the_same_photo_is_brighter(photographs: Path) -> None:
+    train, _ = data.load(settings(photographs))
+    batch = default_collate([train[number] for number in range(16)])
+    front = engine.front_end(batch).clamp(0, 1)
+    target = batch.target.float() / 255
+    assert float(metrics.psnr(front, target).median()) > 15  # the truth belongs to the frame
+
+
+def test_crops_larger_than_the_photo_are_mirrored() -> None:
+    photo = np.random.default_rng(0).integers(0, 255, (20, 30, 3)).astype(np.uint8)
+    source = data.Photographs([Path("x")], (1e-4, 1e-3, 0.0), lambda path: photo)  # type: ignore[arg-type]
+    drawn = source.draw(0, np.random.default_rng(1), 48)
+    assert drawn.packed.shape == (4, 24, 24)
+    assert drawn.target.shape == (3, 48, 48)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"photos": ()}, "no training data"),
+        ({"least_shot": 0.05}, "--least-shot 0.05 is above"),
+        ({"loss": "charbonnier-msssim"}, "crop"),
+    ],
+)
+def test_what_cannot_be_is_refused(photographs: Path, values: dict[str, Any], words: str) -> None:
+    with pytest.raises(ImgtoolError, match=words) as caught:
+        engine.load(settings(photographs).changed(**values))
+    assert caught.value.code == USAGE
+
+
+def test_structure_counts_late(photographs: Path) -> None:
+    chosen = Train(photos=(photographs,), crop=192, batch=1, steps=10, loss="charbonnier-msssim")
+    train, _ = engine.load(chosen)
+    net = model.build(chosen)
+    terms = [set(engine.loss(net, default_collate([train[n]]), chosen)) for n in (6, 7)]
+    assert terms == [{"charbonnier"}, {"charbonnier", "ms-ssim"}]
