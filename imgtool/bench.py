@@ -99,18 +99,19 @@ def _gpu(device: str) -> dict[str, object]:
     return {
         "gpu": facts.name,
         "gpu_memory_mb": facts.total_memory / 1e6,
-        "driver": _driver(),
+        "driver": _driver(str(facts.uuid)),
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
     }
 
 
-def _driver() -> str | None:
-    """Return version and clocks as NVIDIA's tool tells them of the first GPU, None where it is missing."""
-    words = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem", "--format=csv,noheader"]
+def _driver(gpu: str) -> str | None:
+    """Return version and clocks as NVIDIA's tool tells them of a GPU, None where it does not."""
+    query = ["--query-gpu=driver_version,clocks.sm,clocks.mem", "--format=csv,noheader"]
+    words = ["nvidia-smi", f"--id=GPU-{gpu}", *query]
     try:
-        told = subprocess.run(words, capture_output=True, text=True, check=False, timeout=30).stdout
-    except (OSError, subprocess.TimeoutExpired):
+        told = subprocess.run(words, capture_output=True, text=True, check=True, timeout=30).stdout
+    except (OSError, subprocess.SubprocessError):
         return None
     return told.splitlines()[0] if told else None
 
@@ -167,6 +168,27 @@ class Lab:
         works = {name: partial(self._ask, name, module, order) for name, order in orders.items()}
         return self._in_turn(works, runs)
 
+    def wall(self, commands: Mapping[str, Sequence[str]], threads: int = 0) -> dict[str, float]:
+        """Return the seconds by the clock that commands take, each once, from start to end.
+
+        Args:
+            commands: Name to program and arguments.
+            threads: CPU threads of torch, OpenMP; 0 all cores.
+
+        Raises:
+            RuntimeError: One failed.
+        """
+        found = {}
+        for name, command in commands.items():
+            began = time.monotonic()
+            child = subprocess.run(
+                command, capture_output=True, text=True, env=_surroundings(threads), check=False
+            )
+            found[name] = time.monotonic() - began
+            if child.returncode:
+                raise RuntimeError(f"measuring {name} failed:\n{child.stderr}")
+        return found
+
     def _in_turn(self, works: Mapping[str, Callable[[], Timing]], runs: int) -> dict[str, Timing]:
         rounds = runs or self.settings.runs
         found: dict[str, list[Timing]] = {}
@@ -190,10 +212,15 @@ class Lab:
             input=json.dumps({**order, "threads": threads}),
             capture_output=True,
             text=True,
-            env=os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"},
+            env=_surroundings(threads),
             check=False,
         )
         return _outcome(name, child)
+
+
+def _surroundings(threads: int) -> dict[str, str]:
+    count = threads or os.cpu_count() or 1
+    return os.environ | {"OMP_NUM_THREADS": str(count), "OMP_WAIT_POLICY": "PASSIVE"}
 
 
 def _outcome(name: str, child: subprocess.CompletedProcess[str]) -> Timing:

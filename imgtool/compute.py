@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 
 import cv2
@@ -17,6 +18,8 @@ from imgtool.errors import USAGE, ImgtoolError
 def device(name: str) -> torch.device:
     """Return the device that a setting names; "auto" takes CUDA, then Apple's GPU, then the CPU.
 
+    On a CUDA device float32 then means float32: torch would round what is convolved to 10 bits (TF32).
+
     Raises:
         ImgtoolError: Code 2, when the device is unknown or not there.
     """
@@ -27,6 +30,8 @@ def device(name: str) -> torch.device:
         torch.empty(1, device=chosen).tolist()  # the device "meta" is always there, but holds nothing
     except (RuntimeError, AssertionError, ImportError):
         raise ImgtoolError(f"no device {name} here", "take --device auto or cpu", USAGE) from None
+    if chosen.type == "cuda":
+        torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
     return chosen
 
 
@@ -111,6 +116,27 @@ def torchvision() -> ModuleType:
     library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")  # type: ignore[no-untyped-call]
     _declared.append(library)
     return importlib.import_module("torchvision")
+
+
+def download(url: str, folder: Path, otherwise: str) -> Path:
+    """Download a file of weights whose name ends in its SHA-256's first digits, as PyTorch's do.
+
+    Args:
+        url: Where it is.
+        folder: Where to put it.
+        otherwise: What a user can do instead of putting it there by hand.
+
+    Raises:
+        ImgtoolError: It cannot be had, or is not what its name says.
+    """
+    target = folder / url.rpartition("/")[2]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(target), target.stem.rpartition("-")[2], progress=False)
+    except (OSError, RuntimeError) as fault:
+        hint = f"put {target.name} into {folder}, or {otherwise}"
+        raise ImgtoolError(f"cannot download {url}: {fault}", hint) from None
+    return target
 
 
 _declared: list[torch.library.Library] = []

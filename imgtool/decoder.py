@@ -11,11 +11,13 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
-from contextlib import suppress
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ COMMAND = (sys.executable, "-m", "imgtool.decoder")
 
 _CRASHED = "convert it to DNG or TIFF with the camera maker's software"
 _PIPE = 1 << 20
+_PATIENCE = 1.0
 
 
 class Decoder:
@@ -67,8 +70,10 @@ class Decoder:
 
         Raises:
             ImgtoolError: The fault that the task raised, or that the child crashed or did not end.
+            RuntimeError: The task raised something else: its traceback.
         """
-        request = {"task": task, "path": str(path.absolute()), "name": name, "options": options}
+        request: dict[str, Any] = {"task": task, "path": str(path.absolute()), "name": name}
+        request |= {"options": options, "timeout": timeout}
         with self._turn:
             child, late = self._ready(), threading.Event()
             clock = threading.Timer(timeout, _give_up, (child, late))
@@ -89,12 +94,19 @@ class Decoder:
         facts, data = answer
         if "what" in facts:
             raise ImgtoolError(facts["what"], facts["hint"])
+        if "traceback" in facts:
+            raise RuntimeError(facts["traceback"])
         return facts, data
 
     def close(self) -> None:
-        """End the child; another question starts a new one."""
-        with self._turn:
-            self._stop()
+        """End the child, whoever still waits for its answer; another question starts a new one."""
+        if self._turn.acquire(timeout=_PATIENCE):
+            try:
+                self._stop()
+            finally:
+                self._turn.release()
+        elif (child := self._child) is not None:
+            child.kill()  # the thread whose turn it is then clears up
 
     def disown(self) -> None:
         """In a fork: let go of the child, which is the parent's."""
@@ -113,10 +125,10 @@ class Decoder:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 bufsize=0,
-                pipesize=_PIPE,
                 env=_environment(),
                 start_new_session=True,  # Ctrl-C is for this process, which then ends the child
             )
+            _widen(self._child)
         return self._child
 
     def _stop(self) -> None:
@@ -130,6 +142,16 @@ class Decoder:
 def _give_up(child: subprocess.Popen[bytes], late: threading.Event) -> None:
     late.set()
     child.kill()
+
+
+def _widen(child: subprocess.Popen[bytes]) -> None:
+    """Let the pipe hold more, which is faster; beyond what a user may hold in all it stays as it is."""
+    if sys.platform == "linux":
+        import fcntl
+
+        assert child.stdout is not None
+        with suppress(OSError):
+            fcntl.fcntl(child.stdout, fcntl.F_SETPIPE_SZ, _PIPE)
 
 
 def _hang_up(child: subprocess.Popen[bytes]) -> None:
@@ -211,7 +233,26 @@ def _answer(task: str, path: str, name: str, options: dict[str, Any]) -> tuple[d
         return {"what": fault.what, "hint": fault.hint}, b""
     except MemoryError:
         return {"what": f"not enough memory to decode {name}", "hint": "close other programs"}, b""
+    except Exception:  # noqa: BLE001 - a bug, which is the asking process's to show
+        return {"traceback": traceback.format_exc()}, b""
     return facts, data
+
+
+@contextmanager
+def limited(timeout: float) -> Iterator[None]:
+    """End this process where something takes a second longer than the one that asked waits.
+
+    It does so for one that is no longer there to end it; where the platform has no clock for it, not.
+    """
+    if not hasattr(signal, "setitimer"):
+        yield
+        return
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.setitimer(signal.ITIMER_REAL, timeout + 1)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def main() -> int:
@@ -223,7 +264,9 @@ def main() -> int:
 
     with suppress(BrokenPipeError), os.fdopen(speech, "wb", 0) as out:
         for line in sys.stdin.buffer:
-            facts, data = _answer(**json.loads(line))
+            question = json.loads(line)
+            with limited(question.pop("timeout")):
+                facts, data = _answer(**question)
             left = memoryview(data).cast("B")
             out.write(json.dumps({"facts": facts, "bytes": len(left)}).encode() + b"\n")
             while left:

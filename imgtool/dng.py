@@ -33,6 +33,7 @@ D65 = 21
 
 _CODES = {BYTE: "B", SHORT: "H", LONG: "I", RATIONAL: "I", SIGNED_RATIONAL: "i", DOUBLE: "d"}
 _FINEST = 1_000_000
+_LARGEST = {RATIONAL: 2**32 - 2, SIGNED_RATIONAL: 2**31 - 2}
 _START = 8
 
 
@@ -69,16 +70,21 @@ def _directory(tags: Mapping[int, tuple[int, Any]], exif: Sequence[Entry]) -> by
 
 
 def _entry(tag: int, kind: int, values: Any) -> Entry:
-    """Return a tag as bytes; fractions have denominators up to 10^6."""
+    """Return a tag as bytes; fractions have denominators up to 10^6, less where numerators would not fit."""
     if kind == ASCII:
         text = values if isinstance(values, bytes) else str(values).encode("ascii", "replace")
         text = text.rstrip(b"\0") + b"\0"
         return Entry(tag, kind, len(text), text)
     numbers = list(values)
     if kind in (RATIONAL, SIGNED_RATIONAL):
-        fractions = [Fraction(float(value)).limit_denominator(_FINEST) for value in values]
+        fractions = [_fraction(float(value), _LARGEST[kind]) for value in values]
         numbers = [part for each in fractions for part in (each.numerator, each.denominator)]
     return Entry(tag, kind, len(values), struct.pack(f"<{len(numbers)}{_CODES[kind]}", *numbers))
+
+
+def _fraction(value: float, largest: int) -> Fraction:
+    finest = min(_FINEST, int(largest / max(abs(value), 1)))
+    return Fraction(value).limit_denominator(max(finest, 1))
 
 
 def _frame(mosaic: Mosaic) -> Iterator[Tag]:

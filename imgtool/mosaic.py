@@ -93,18 +93,38 @@ class Stated:
         size: Of a file without a header: WIDTHxHEIGHT.
         pattern: One of ``PATTERNS``.
         bits: Of a pixel; 0 takes those of the largest value.
-        black: Level of black; below 0 it is 0.
+        black: Level of black: one, or four for the places of the pattern, row by row; () is 0.
         white: Level of white; below 0 it is 2^bits - 1.
     """
 
     size: str = ""
     pattern: str = "RGGB"
     bits: int = 0
-    black: float = -1.0
+    black: tuple[float, ...] = ()
     white: float = -1.0
 
 
 _NOTHING = Stated()
+
+
+def blacks(text: str) -> tuple[float, ...]:
+    """Return the levels of black that a user writes: one number, four with commas between, or nothing.
+
+    Raises:
+        ImgtoolError: Code 2, for anything else.
+
+    >>> blacks("58,60,61,62"), blacks("64"), blacks("")
+    ((58.0, 60.0, 61.0, 62.0), (64.0,), ())
+    """
+    words = text.split(",") if text.strip() else []
+    try:
+        levels = tuple(float(word) for word in words)
+    except ValueError:
+        levels = (math.nan,)
+    if len(levels) not in (0, 1, 4) or not all(0 <= level < math.inf for level in levels):
+        hint = "give one level from 0 up, or four, of the pattern's places row by row, as 58,60,61,62"
+        raise ImgtoolError(f"--black {text} makes no sense", hint, USAGE)
+    return levels
 
 
 def camera_to_srgb(xyz_to_camera: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -263,9 +283,9 @@ def _of_values(values: npt.NDArray[Any], stated: Stated, name: str) -> Mosaic:
         if stated.white < 0 and values.dtype.itemsize > 1:
             warnings.append(f"{bits} bits are taken from the largest value, {top}; --bits states them")
     white = stated.white if stated.white >= 0 else float(2**bits - 1)
-    black = max(stated.black, 0.0)
-    if black >= white:
-        what = f"the black level {black:g} is not below the white level {white:g}"
+    first, second, third, fourth = stated.black * 4 if len(stated.black) == 1 else stated.black or (0.0,) * 4
+    if (highest := max(first, second, third, fourth)) >= white:
+        what = f"the black level {highest:g} is not below the white level {white:g}"
         raise ImgtoolError(what, "check --black, --white and --bits", USAGE)
     if beyond := raw.hopeless(white, values[::5, ::5]):
         what = f"{name} holds values to {beyond:g}, far beyond the white level {white:g}"
@@ -273,7 +293,7 @@ def _of_values(values: npt.NDArray[Any], stated: Stated, name: str) -> Mosaic:
     return Mosaic(
         values.astype(np.uint16, copy=False),
         stated.pattern,
-        (black, black, black, black),
+        (first, second, third, fourth),
         white,
         warnings=(*warnings, *_unknown(None, None, None)),
         name=name,
@@ -325,6 +345,8 @@ def _facts(
     black = [float(file.black_level_per_channel[channel]) for _, _, channel, _ in raster]
     white = float(file.white_level or values.max())
     raw.check_levels(max(black), white, values[::5, ::5], name)
+    if values.size > 1 and values.min() == values.max():
+        raise ImgtoolError(f"{name} is damaged: every pixel is {values.flat[0]}", _AGAIN)
     xyz, own = file.rgb_xyz_matrix[:3].astype(float), file.color_matrix[:3, :3].astype(float)
     flip = file.sizes.flip
     known = xyz.any() or (np.isfinite(own).all() and np.linalg.matrix_rank(own) == 3)

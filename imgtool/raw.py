@@ -198,7 +198,7 @@ def faults(name: str) -> Iterator[None]:
     try:
         yield
     except rawpy.LibRawFileUnsupportedError:
-        hint = "convert it to DNG, TIFF or JPEG with the camera maker's software"
+        hint = "copy it again from the card, or convert it to DNG with the camera maker's software"
         raise ImgtoolError(f"{name} is not a camera RAW that LibRaw knows, or is cut short", hint) from None
     except rawpy.LibRawIOError:
         raise ImgtoolError(f"{name} is truncated", "copy the file again from the card") from None

@@ -170,6 +170,23 @@ class Crew:
         return found
 
 
+@contextmanager
+def _differences_named(engine: Engine, settings: Train, weights: checkpoint.Weights) -> Iterator[None]:
+    """Where weights do not fit the network to train, say which of the settings that shape it differ."""
+    try:
+        yield
+    except ImgtoolError:
+        wanted = {name: getattr(settings, name) for name in engine.model.model_fields}
+        other = {name: weights.model.get(name, value) for name, value in wanted.items()}
+        flags = [
+            f"--{name.replace('_', '-')} {other[name]}" for name in wanted if other[name] != wanted[name]
+        ]
+        if not flags:
+            raise
+        what = f"the weights {weights.name} are of another network than the one to train"
+        raise ImgtoolError(what, f"they were trained with {' '.join(flags)}", USAGE) from None
+
+
 class Loop:
     """One training run."""
 
@@ -211,7 +228,8 @@ class Loop:
             self.console.say(words)
         if self.settings.weights:
             weights = checkpoint.read_weights(checkpoint.find(self.settings.weights), self.engine.name)
-            checkpoint.load_state(self.net, weights)
+            with _differences_named(self.engine, self.settings, weights):
+                checkpoint.load_state(self.net, weights)
 
     # --- state ---
 

@@ -170,7 +170,7 @@ def test_a_bug_keeps_its_traceback(verb: Callable[..., list[Any]]) -> None:
         ("infer deblr x", "no such command 'deblr'", "did you mean 'deblur'?"),
         ("trian deblur", "no such command 'trian'", "did you mean 'train'?"),
         ("data inspect", "needs INPUTS", "RAW files"),
-        ("data inspect a.dng --black -2", "--black: input should be greater", "black level"),
+        ("data inspect a.dng --bits 40", "--bits: input should be less", "bits of a pixel"),
         ("data sinth deblur", "no such command 'sinth'", "did you mean 'synth'?"),
         ("infer deblur", "infer deblur needs INPUTS", "Photos"),
         ("infer deblur x --tile wide", "--tile: input should be a valid integer", "Edge of a tile"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -45,6 +46,10 @@ def reverse(path: Path, name: str, **options: Any) -> tuple[dict[str, Any], byte
         raise ImgtoolError("no good", "take another")
     if name == "large":
         raise MemoryError
+    if name == "bug":
+        raise LookupError("no such thing")
+    if name == "endless":
+        time.sleep(60)
     return {"process": os.getpid(), "name": name, **options}, path.read_bytes()[::-1]
 
 
@@ -87,6 +92,64 @@ def test_a_fault_of_the_task_is_told_and_costs_no_child(real: decoder.Decoder, t
     with pytest.raises(ImgtoolError, match="not enough memory to decode large"):
         real.ask(TASK, path, "large")
     assert real.ask(TASK, path, "a")[0]["process"] == before
+
+
+def test_a_bug_of_the_task_is_shown_as_one(real: decoder.Decoder, tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    path.touch()
+    before = real.ask(TASK, path, "a")[0]["process"]
+    with pytest.raises(RuntimeError, match=r"(?s)Traceback.*in reverse.*LookupError: no such thing"):
+        real.ask(TASK, path, "bug")
+    assert real.ask(TASK, path, "a")[0]["process"] == before
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="there is no such clock here")
+def test_an_endless_task_ends_though_nobody_is_there_to_end_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    with subprocess.Popen(decoder.COMMAND, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as child:
+        assert child.stdin is not None
+        question = {"task": TASK, "path": str(tmp_path), "name": "endless", "options": {}}
+        question["timeout"] = -0.95  # it has a second longer
+        child.stdin.write(json.dumps(question).encode() + b"\n")
+        child.stdin.flush()
+        assert child.wait(20) == -signal.SIGALRM
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the pipe's size is Linux's")
+def test_a_user_whose_pipes_may_hold_no_more_decodes_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    import fcntl
+
+    def refuse(*_: Any) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(fcntl, "fcntl", refuse)
+    with closing(decoder.Decoder([sys.executable, "-S", "-c", CHILD])) as found:
+        assert found.ask("", Path("a"), "a")[1] == b"abc"
+
+
+def test_the_end_does_not_wait_for_a_question(fake: decoder.Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoder, "_PATIENCE", 0.05)
+    fake.ask("", Path("a"), "a")
+    faults: list[ImgtoolError] = []
+
+    def ask() -> None:
+        try:
+            fake.ask("", Path("a"), "hang")
+        except ImgtoolError as fault:
+            faults.append(fault)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    while not fake._turn.locked():
+        time.sleep(0.01)
+    before = time.monotonic()
+    fake.close()
+    thread.join(5)
+    assert time.monotonic() - before < 5
+    assert len(faults) == 1
+    assert fake.ask("", Path("a"), "a")[1] == b"abc"
 
 
 def test_a_path_counts_from_here(

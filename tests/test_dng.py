@@ -117,6 +117,16 @@ def test_further_tags_replace_others(tmp_path: Path) -> None:
     assert fractions(found[50727]).tolist() == [1.1, 1.0, 0.9]
 
 
+@pytest.mark.parametrize("value", [4321.123457, 98765.4321012, 4.2e9, 1e-6, 1 / 3])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_fractions_are_near_whatever_their_size(tmp_path: Path, value: float, sign: int) -> None:
+    value /= 1 if sign > 0 else 2
+    kind = dng.RATIONAL if sign > 0 else dng.SIGNED_RATIONAL
+    dng.write(tmp_path / "a.dng", frame(), [(50727, kind, [sign * value, 1.0, 1.0])])
+    written = fractions(tags(tmp_path / "a.dng")[50727])
+    assert written[0] == pytest.approx(sign * value, rel=1e-9, abs=1e-6)
+
+
 def test_written_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "a.dng"
     dng.write(path, frame())

@@ -48,7 +48,7 @@ HEAVY = ("torch", "numpy", "cv2", "PIL", "rawpy", "matplotlib", "jinja2", "tifff
 
 names = pytest.mark.parametrize("name", engines.SUMMARY)
 SLOW = ("original", "punet")
-"""Networks tested with the slow tests: large ones, and those that differ from another in their last layers."""
+"""Networks tested with the slow tests: large ones, and those that differ from another in a last layer."""
 
 networks = pytest.mark.parametrize(
     ("name", "model"),

@@ -284,7 +284,7 @@ def test_without_a_header(tmp_path: Path, kind: str) -> None:
     values = (noise() >> (0 if kind == "<u2" else 4)).astype(kind)
     path = tmp_path / "a.RAW"
     values.tofile(path)
-    found = mosaic.read(path, Stated(f"{WIDTH}x{HEIGHT}", "GBRG", 12, 16.0, 4000.0))
+    found = mosaic.read(path, Stated(f"{WIDTH}x{HEIGHT}", "GBRG", 12, (16.0,), 4000.0))
     assert found.values.dtype == np.uint16
     assert np.array_equal(found.values, values)
     assert (found.pattern, found.black, found.white) == ("GBRG", (16, 16, 16, 16), 4000)
@@ -319,8 +319,18 @@ def test_a_size_that_does_not_fit_names_some_that_do(tmp_path: Path) -> None:
 def test_levels_that_cannot_be(tmp_path: Path) -> None:
     path = tmp_path / "a.raw"
     noise().tofile(path)
-    assert refused(path, Stated(f"{WIDTH}x{HEIGHT}", black=4095)).code == 2
+    assert refused(path, Stated(f"{WIDTH}x{HEIGHT}", black=(4095.0,))).code == 2
+    assert refused(path, Stated(f"{WIDTH}x{HEIGHT}", black=(0.0, 0.0, 4095.0, 0.0))).code == 2
     assert "beyond the white level 255" in refused(path, Stated(f"{WIDTH}x{HEIGHT}", bits=8)).what
+
+
+@pytest.mark.parametrize(
+    "text", ["58,60", "58,60,61,62,63", "-1", "nan", "inf", "dark", "1,,2,3", "1,2,3,4,"]
+)
+def test_levels_of_black_that_make_no_sense(text: str) -> None:
+    with pytest.raises(ImgtoolError, match=r"--black .* makes no sense") as caught:
+        mosaic.blacks(text)
+    assert caught.value.code == 2
 
 
 # PNG.
@@ -330,10 +340,14 @@ def test_levels_that_cannot_be(tmp_path: Path) -> None:
 def test_png_of_one_channel(tmp_path: Path, depth: int) -> None:
     values = noise() if depth == 16 else (noise() >> 4).astype(np.uint8)
     cv2.imwrite(str(tmp_path / "a.png"), values)
-    found = mosaic.read(tmp_path / "a.png", Stated(pattern="BGGR", black=60))
+    found = mosaic.read(tmp_path / "a.png", Stated(pattern="BGGR", black=(58.0, 60.0, 61.0, 62.0)))
     assert found.values.dtype == np.uint16
     assert np.array_equal(found.values, values)
-    assert (found.pattern, found.black, found.white) == ("BGGR", (60,) * 4, 4095 if depth == 16 else 255)
+    assert (found.pattern, found.black, found.white) == (
+        "BGGR",
+        (58, 60, 61, 62),
+        4095 if depth == 16 else 255,
+    )
     assert ("bits are taken" in found.warnings[0]) == (depth == 16)
 
 

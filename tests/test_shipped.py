@@ -14,6 +14,8 @@ from torch import nn
 from imgtool import checkpoint, engines, images, metrics
 from imgtool.engine import Engine, Watch
 from imgtool.engines.deblur.settings import Infer
+from imgtool.engines.isp import libraw, quality, unprocess
+from imgtool.engines.isp.settings import Infer as IspInfer
 from imgtool.engines.lens.geometry import BrownConrady, error
 from imgtool.engines.lens.settings import Infer as LensInfer
 
@@ -57,7 +59,7 @@ def test_half_precision_and_finite(name: str) -> None:
 @each_name
 def test_the_card(name: str) -> None:
     card = (checkpoint.SHIPPED / f"{name}.md").read_text(encoding="utf-8").lower()
-    measured = {"deblur": "db", "lens": "% of the diagonal", "awb": "degrees"}
+    measured = {"deblur": "db", "lens": "% of the diagonal", "awb": "degrees", "isp": "db"}
     engine = name.split("-")[0]
     for words in ("data", "licence", "seed", f"imgtool train {engine}", measured[engine]):
         assert words in card, f"the card of {name} does not speak of {words}"
@@ -118,3 +120,21 @@ def test_flowers_and_shrubs_are_left_alone(name: str) -> None:
     engine, net = loaded("lens-lines")
     photo = images.read(ROOT / "examples" / name)
     assert engine.apply(net, photo, LensInfer(inputs=("-",)), Watch()).image is photo.pixels
+
+
+@pytest.mark.parametrize(("shot", "above"), [(0.0, 0.0), (1e-3, 0.8), (4e-3, 1.5), (1e-2, 2.0)])
+def test_raw_frames_are_developed_better_than_by_libraw(shot: float, above: float) -> None:
+    """A photo not trained on, full of fine twigs, against the best of LibRaw's ways for this very frame."""
+    engine, net = loaded("isp-lrfu-s")
+    rgb = images.read_rgb8(ROOT / "examples" / "sharp.jpg")[100:356, 100:356]
+    made = quality.recipe(shot)
+    values, truth = unprocess.frame(rgb, made, np.random.default_rng(5))
+    frame = quality.mosaic(values, made)
+    photo = engine.apply(net, frame, IspInfer(inputs=("-",)), Watch()).image
+    rivals = libraw.of_mosaic(frame, libraw.WAYS)
+
+    def decibels(picture: npt.NDArray[Any]) -> float:
+        parts = (metrics.batch_of(each[8:-8, 8:-8]) for each in (picture, truth))
+        return float(metrics.psnr(*parts))
+
+    assert decibels(photo) >= max(map(decibels, rivals.values())) + above

@@ -598,6 +598,21 @@ def test_weights_that_were_named_come_after_what_an_engine_begins_with(tmp_path:
     assert_same(dict(loop.net.state_dict()), load_file(weights))
 
 
+def test_weights_of_another_network_are_refused_by_what_differs(tmp_path: Path) -> None:
+    go(TOY, toy(tmp_path / "first"))
+    weights = tmp_path / "first" / "best.safetensors"
+
+    def wider(settings: ToyTrain) -> nn.Module:
+        return nn.Sequential(nn.Linear(7, 7))
+
+    engine = dataclasses.replace(TOY, build=wider)
+    other = toy(tmp_path / "second", weights=str(weights), drop=0.1)
+    with pytest.raises(ImgtoolError, match="another network") as caught:
+        train.Loop(engine, other, tmp_path, Console())
+    assert caught.value.code == USAGE
+    assert caught.value.hint == "they were trained with --drop 0.2"
+
+
 # --- compiling --------------------------------------------------------------------------------
 
 

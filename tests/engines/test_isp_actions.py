@@ -17,7 +17,7 @@ import rawpy
 import tifffile
 
 from imgtool import cli, dng, images
-from imgtool.engines.isp import actions, unprocess
+from imgtool.engines.isp import actions, pairs, unprocess
 from imgtool.images import Photo
 from imgtool.mosaic import PATTERNS, Mosaic
 
@@ -144,9 +144,9 @@ def test_inspect_goes_on_after_a_file_that_it_cannot_read(data: Run) -> None:
 
 def test_inspect_takes_the_levels_of_a_bare_mosaic_from_the_flags(data: Run) -> None:
     cv2.imwrite("a.png", np.full((30, 40), 900, np.uint16))
-    done = data("inspect", "a.png", "--pattern", "BGGR", "--bits", "10", "--black", "60")
+    done = data("inspect", "a.png", "--pattern", "BGGR", "--bits", "10", "--black", "58,60,61,62")
     (entry,) = done.record["files"]
-    assert (entry["pattern"], entry["black"], entry["white"]) == ("BGGR", [60] * 4, 1023)
+    assert (entry["pattern"], entry["black"], entry["white"]) == ("BGGR", [58, 60, 61, 62], 1023)
     assert (entry["width"], entry["height"], entry["gains"], entry["matrix"]) == (40, 30, None, None)
 
 
@@ -237,6 +237,15 @@ def test_synth_writes_every_photo_at_every_level(data: Run) -> None:
     assert one.shape == (60, 70, 3)
 
 
+def test_pairs_are_known_by_the_photograph_that_their_photo_is_a_view_of(data: Run) -> None:
+    photo("views/a.png", 1)
+    photo("views/b.png", 2)
+    Path("views/index.tsv").write_text("file\tfrom\na.png\tlake.jpg\n")
+    assert data("synth", "isp", "views", "-o", "out", "--shot", "0").code == 0
+    assert [(row["photo"], row["file"]) for row in rows("out")] == [("lake.jpg", "a.png"), ("b", "b.png")]
+    assert [each.facts.source for each in pairs.files_of(Path("out"))] == ["lake.jpg", "b"]
+
+
 def test_photos_are_shrunk_by_averaging(data: Run) -> None:
     photo("photos/a.png", 3, 144, 180)
     assert data("synth", "isp", "photos", "-o", "out", "--shot", "0", "--shrink", "2").code == 0
@@ -323,6 +332,15 @@ def test_render_writes_what_libraw_makes_of_a_frame_as_it_lies(data: Run) -> Non
     written = images.read(Path("out/rgb/a.png")).pixels
     assert (written.dtype, written.shape) == (np.uint16, (48, 64, 3))  # the file says to turn it
     assert np.array_equal(written, libraw("raws/a.dng", "AHD"))
+    (row,) = rows("out")
+    with rawpy.imread("raws/a.dng") as frame:
+        gains = np.array(frame.camera_whitebalance[:3])
+    assert row == {
+        "name": "a",
+        "raw": "a.dng",
+        "demosaic": "ahd",
+        "gains": pytest.approx(gains / gains.min()),
+    }
     again = data("render", "isp", "raws/a.dng", "-o", "out", "--demosaic", "ahd")
     assert (again.code, "already holds these pairs" in again.record["error"]) == (1, True)
 

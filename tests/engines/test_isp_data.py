@@ -61,12 +61,12 @@ def test_libraw_is_measured_on_the_same_frame(photographs: Path) -> None:
     assert abs(float((found["libraw"] - found["psnr"])[quiet].mean())) < 8
 
 
-def test_a_larger_exposure_of_the_same_photo_is_brighter(photographs: Path) -> None:
+def test_the_truth_belongs_to_the_frame(photographs: Path) -> None:
     train, _ = data.load(settings(photographs))
     batch = default_collate([train[number] for number in range(16)])
     front = engine.front_end(batch).clamp(0, 1)
     target = batch.target.float() / 255
-    assert float(metrics.psnr(front, target).median()) > 15  # the truth belongs to the frame
+    assert float(metrics.psnr(front, target).median()) > 15
 
 
 def test_crops_larger_than_the_photo_are_mirrored() -> None:
@@ -83,6 +83,7 @@ def test_crops_larger_than_the_photo_are_mirrored() -> None:
         ({"photos": ()}, "no training data"),
         ({"least_shot": 0.05}, "--least-shot 0.05 is above"),
         ({"loss": "charbonnier-msssim"}, "crop"),
+        ({"scaling": "mai21", "colour": "learned"}, "for --data alone"),
     ],
 )
 def test_what_cannot_be_is_refused(photographs: Path, values: dict[str, Any], words: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from imgtool import raw
-from imgtool.engines.isp import pairs
+from imgtool import mosaic, raw
+from imgtool.engines.isp import data, pairs
 from imgtool.engines.isp.settings import Train
 from imgtool.errors import USAGE, ImgtoolError
 from imgtool.mosaic import PATTERNS, Mosaic
@@ -73,12 +74,14 @@ def test_every_plane_holds_the_photographs_own_samples_in_all_symmetries(
     frame = frame_of(photograph(*size), pattern)
     for turn in TURNS:
         for seed in range(4):
-            values, target = pairs.cut(frame, 8, turn, np.random.default_rng(seed))
-            assert values.shape == (8, 8)
+            square, target = pairs.cut(frame, 8, turn, np.random.default_rng(seed))
+            assert square.values.shape == (8, 8)
             assert target.shape == (8, 8, 3)
             for place, channel in enumerate((0, 1, 1, 2)):
                 part = np.s_[place // 2 :: 2, place % 2 :: 2]
-                np.testing.assert_allclose(values[part] * 255, target[part][..., channel], atol=0.15)
+                level = square.black[place]
+                values = (square.values[part] - level) / (1000 - level)
+                np.testing.assert_allclose(values * 255, target[part][..., channel], atol=0.15)
 
 
 @pytest.mark.parametrize("turn", TURNS)
@@ -146,11 +149,12 @@ def test_the_list_says_noise_and_source_of_frames_that_were_made(tmp_path: Path)
         (tmp_path / "raw").mkdir(exist_ok=True)
         (tmp_path / "raw" / f"{name}.dng").touch()
         put(tmp_path / "rgb" / f"{name}.png", photograph(4, 4))
-    rows = [{"name": "lake-shot0.01", "photo": "lake.jpg", "shot": 0.01, "read": 2e-5}]
+    rows = [{"name": "lake-shot0.01", "photo": "a lake", "shot": 0.01, "read": 2e-5, "gains": [4, 2, 3]}]
     (tmp_path / "samples.jsonl").write_text("\n".join(map(json.dumps, rows)))
     first, second = pairs.files_of(tmp_path)
     assert (first.facts.noise, first.facts.source) == (None, "lake-shot0.001")
-    assert (second.facts.noise, second.facts.source) == ((0.01, 2e-5), "lake")
+    assert (second.facts.noise, second.facts.source) == ((0.01, 2e-5), "a lake")
+    assert (first.facts.gains, second.facts.gains) == (None, (2.0, 1.0, 1.5))
     assert second.rgb == tmp_path / "rgb" / "lake-shot0.01.png"
 
 
@@ -193,8 +197,9 @@ def test_a_photograph_of_the_cameras_crop_is_laid_upon_its_pixels(
     frame, target = pairs.read_pair(pairs.files_of(tmp_path)[0])
     assert target is not None
     np.testing.assert_array_equal(frame.values, whole.mosaic.values[3:15, 5:21])
-    values, same = pairs.cut(pairs.Frame(frame, target), 8, pairs.Turn(), np.random.default_rng(0))
-    np.testing.assert_allclose(values[::2, ::2] * 255, same[::2, ::2, 0], atol=0.15)
+    square, same = pairs.cut(pairs.Frame(frame, target), 8, pairs.Turn(), np.random.default_rng(0))
+    red = (square.values[::2, ::2] - square.black[0]) / (1000 - square.black[0])
+    np.testing.assert_allclose(red * 255, same[::2, ::2, 0], atol=0.15)
 
 
 @pytest.mark.parametrize("size", [(8, 8), (26, 20)])
@@ -239,7 +244,7 @@ def test_frames_of_one_photograph_stay_on_one_side(tmp_path: Path) -> None:
             name = f"{number}-{shot}"
             put(tmp_path / "raw" / f"{name}.png", np.zeros((8, 8), np.uint16))
             put(tmp_path / "rgb" / f"{name}.png", photograph(8, 8))
-            rows.append({"name": name, "photo": f"{number}.jpg"})
+            rows.append({"name": name, "photo": f"{number}"})
     (tmp_path / "samples.jsonl").write_text("\n".join(map(json.dumps, rows)))
     kept, held = pairs.split(tmp_path)
     assert held
@@ -316,6 +321,70 @@ def test_the_originals_scaling_is_value_by_1020_with_nothing_subtracted(tmp_path
     assert drawn.noise == (0, 0)
 
 
+def test_libraw_is_given_the_same_frame_whatever_the_scaling(tmp_path: Path) -> None:
+    mai21(tmp_path, "train", 2, edge=40)
+    mai21(tmp_path, "val", 1, edge=40)
+    found = []
+    for scaling in ("levels", "mai21"):
+        _, (held, _) = load(settings(data=(tmp_path,), scaling=scaling))
+        found.append(held.draw(0, np.random.default_rng(3), 32))
+    frames = [drawn.rival for drawn in found if drawn.rival is not None]
+    values = cv2.imread(str(held.paths[0]), cv2.IMREAD_UNCHANGED)
+    for frame in frames:
+        assert (frame.pattern, frame.black, frame.white, frame.values.dtype) == (
+            "RGGB",
+            BLACK,
+            1023,
+            np.uint16,
+        )
+        assert any(
+            np.array_equal(frame.values, values[top : top + 32, left : left + 32])
+            for top in range(0, 10, 2) for left in range(0, 10, 2)
+        )  # fmt: skip
+    first, second = (data.rendered(drawn) for drawn in found)
+    np.testing.assert_array_equal(first, second)
+
+
+@pytest.mark.parametrize("added", [None, (5e-3, 1e-2, 0.0)])
+def test_the_rival_is_the_very_crop_in_all_symmetries(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, added: pairs.Added | None
+) -> None:
+    kept, _ = load(raws(tmp_path, monkeypatch))
+    kept[1].added = added
+    for seed in range(16):
+        drawn = kept[1].draw(0, np.random.default_rng(seed), 32)
+        frame = drawn.rival
+        assert frame is not None
+        assert sorted(frame.black) == [10, 20, 30, 40]
+        for place, (plane, black) in enumerate(zip(drawn.packed, frame.black, strict=True)):
+            values = frame.values[place // 2 :: 2, place % 2 :: 2]
+            np.testing.assert_allclose((values - black) / (1000 - black), plane, atol=1e-6)
+        assert (frame.gains, frame.noise) == ((1, 2, 4), drawn.noise)
+
+
+def test_added_noise_leaves_white_alone_and_is_told_with_that_of_whole_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = np.full((64, 64), 900, np.uint16)
+    values[:, ::4], values[:, 1::4] = 1000, 1010
+    bare = Mosaic(values, "RGGB", (0.0,) * 4, 1000.0, noise=(0.0, 0.0))
+    given = raws(tmp_path, monkeypatch)
+    monkeypatch.setattr("imgtool.mosaic.read", lambda path: bare)
+    monkeypatch.setattr(raw, "render", lambda path, gains, **how: np.full((64, 64, 3), 128, np.uint8))
+    (_, source), _ = load(given)
+    source.augment, source.added = False, (1e-2, 1e-2, 0.0)
+    drawn = source.draw(0, np.random.default_rng(0), 64)
+    assert (drawn.packed[0, :, ::2] == 1).all()
+    np.testing.assert_allclose(drawn.packed[1, :, ::2], 1.01)
+    other = drawn.packed[0, :, 1::2]
+    assert other.std() > 0.02
+    assert other.max() == 1
+    assert drawn.noise[0] == pytest.approx(1e-2)
+    assert drawn.noise[1] > 2 / 12e6
+    source.added = None
+    assert source.draw(0, np.random.default_rng(0), 64).noise == (0, pytest.approx(1 / 12e6))
+
+
 def test_a_sample_depends_on_its_randomness_alone_and_survives_the_way_to_a_worker(tmp_path: Path) -> None:
     mai21(tmp_path, "train", 3, edge=40)
     mai21(tmp_path, "val", 1)
@@ -339,10 +408,9 @@ def raws(folder: Path, monkeypatch: pytest.MonkeyPatch, iso: int = 100) -> Train
         gains=(1.0, 2.0, 4.0), noise=(1e-5, 1e-7), exif={"iso": iso},
     )  # fmt: skip
     monkeypatch.setattr("imgtool.mosaic.read", lambda path: known)
-    rendered: list[dict[str, Any]] = []
 
-    def render(path: Path, **how: Any) -> Picture:
-        rendered.append(how)
+    def render(path: Path, gains: tuple[float, ...], **how: Any) -> Picture:
+        assert gains == (1, 2, 4)
         assert how == {"demosaic": "ahd", "upright": False}
         return photo.astype(np.uint16) * 257
 
@@ -369,14 +437,51 @@ def test_raw_files_are_rendered_by_libraw_and_their_mosaics_get_noise(
         assert tuple(each.gains) == (1, 2, 4)
 
 
-@pytest.mark.parametrize(("iso", "words"), [(800, ""), (801, "2 of 2")])
+@pytest.mark.parametrize(("iso", "words"), [(800, ""), (801, "3 of 3")])
 def test_sensitive_raw_files_are_warned_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, iso: int, words: str
 ) -> None:
-    monkeypatch.setattr(pairs, "LOOKED_AT", 2)
     said = pairs.warning(raws(tmp_path, monkeypatch, iso))
     assert said.startswith(words)
     assert bool(said) == bool(words)
+
+
+def test_raw_files_that_cannot_be_used_are_left_out_and_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = raws(tmp_path, monkeypatch)
+    known, looks = mosaic.read(tmp_path), []
+
+    def read(path: Path) -> Mosaic:
+        looks.append(path.name)
+        if path.suffix == ".nef":
+            raise ImgtoolError(f"{path} is truncated", "copy it again")
+        return replace(known, gains=None) if path.suffix == ".CR2" else known
+
+    monkeypatch.setattr("imgtool.mosaic.read", read)
+    (_, kept), (_, held) = load(given)
+    assert {path.name for source in (kept, held) for path in source.paths} == {"a.dng", "b.CR2"}
+    first, second = pairs.warning(given).split("; ")
+    assert first.startswith("1 of 3 RAW files cannot be used and are left out: ")
+    assert first.endswith("c.nef is truncated")
+    assert second.startswith("1 of 3 RAW files say no white balance")
+    assert sorted(looks) == ["a.dng", "b.CR2", "c.nef"]  # each once
+    (tmp_path / "a.dng").unlink()
+    with pytest.raises(ImgtoolError, match=r"fewer than two RAW files that can be read.*c\.nef is truncated"):
+        load(given)
+
+
+@pytest.mark.parametrize("neutral", [(0.4, 1.0, 0.7), (1.0, 1.0, 1.0), None])
+def test_target_and_sample_have_one_white_balance(tmp_path: Path, neutral: tuple[float, ...] | None) -> None:
+    grey = np.full((90, 120, 3), 0.25) * (0.4, 1.0, 0.7)
+    for name in ("a", "b"):
+        values = np.rint(64 + dng.mosaic(grey) * 4031).astype(np.uint16)
+        dng.write(tmp_path / f"{name}.dng", values, neutral=neutral)
+    kept, _ = load(settings(raws=(tmp_path,)))
+    drawn = kept[1].draw(0, np.random.default_rng(0), 32)
+    balanced = np.clip(drawn.packed.mean((1, 2))[[0, 1, 3]] * drawn.gains, 0, 1)
+    shown = 255 * (1.055 * balanced ** (1 / 2.4) - 0.055)
+    np.testing.assert_allclose(drawn.target.mean((1, 2)), shown, atol=4)
 
 
 def test_libraws_rendering_lies_upon_the_mosaic_of_the_file(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def smooth(height: int = 64, width: int = 64, seed: int = 0) -> np.ndarray:
 
 
 def psnr(one: np.ndarray, two: np.ndarray) -> float:
-    inside = np.s_[quality.MARGIN : -quality.MARGIN, quality.MARGIN : -quality.MARGIN]
+    inside = np.s_[libraw.MARGIN : -libraw.MARGIN, libraw.MARGIN : -libraw.MARGIN]
     return float(cv2.PSNR(one[inside], two[inside]))
 
 
@@ -92,9 +92,9 @@ def test_reducing_noise_helps() -> None:
 def test_edges_do_not_count() -> None:
     truth = smooth()
     wrong = truth.copy()
-    wrong[: quality.MARGIN], wrong[:, -quality.MARGIN :] = 0, 255
+    wrong[: libraw.MARGIN], wrong[:, -libraw.MARGIN :] = 0, 255
     assert quality.measured(wrong, truth) == (100, 1, 0)
-    wrong[quality.MARGIN] ^= 128
+    wrong[libraw.MARGIN] ^= 128
     found = quality.measured(wrong, truth)
     assert found.psnr == pytest.approx(psnr(wrong, truth))
     inside = np.s_[8:-8, 8:-8]
@@ -142,6 +142,8 @@ def test_quality_on_photos(monkeypatch: pytest.MonkeyPatch) -> None:
         best = max(level["psnr"][name] for name in TWO)
         assert level["psnr"][level["best_libraw"]] == best
         assert level["above_best_libraw"] == pytest.approx(level["psnr"]["ours"] - best)
+        told = level["above_best_libraw_noise_measured"]
+        assert told == pytest.approx(level["psnr"]["ours, noise measured"] - best)
         # this network is the front end still
         assert level["psnr"]["ours"] == pytest.approx(level["psnr"]["front end (Malvar)"], abs=0.02)
         assert level["de00"]["ours"] > 0
@@ -155,7 +157,7 @@ def test_quality_on_photos(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_photos_that_were_trained_on_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(libraw, "WAYS", TWO)
     monkeypatch.setattr(quality, "_renderings", lambda net, engine, rgb, shot, number: (
-        {name: rgb for name in ("ours", "AHD", "LINEAR")}, rgb
+        {name: rgb for name in ("ours", "ours, noise measured", "AHD", "LINEAR")}, rgb
     ))  # fmt: skip
     settings = Bench(photos=photos(), shot="0")
     known = lab({"trained_on": ["1"]})
@@ -165,6 +167,14 @@ def test_photos_that_were_trained_on_are_left_out(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(ImgtoolError, match="trained on all of these photos") as caught:
         quality.on_photos(NET, ENGINE, settings, lab({"trained_on": ["0", "1"]}))
     assert caught.value.code == 2
+    with pytest.raises(ImgtoolError, match="trained on all of these photos"):  # and on views of them
+        quality.on_photos(NET, ENGINE, settings, lab({"trained_on": ["free/0.jpg", "1.tif"]}))
+    views = Path("photos").rename("views").absolute()
+    (views / "index.tsv").write_text("file\tfrom\n0.png\tsets/tower.v2.jpg\n")
+    viewed = lab({"trained_on": ["tower.v2"], "trained_on_left_out": 12})
+    settings = Bench(photos=views, shot="0")
+    assert quality.on_photos(NET, ENGINE, settings, viewed).figures["photos"]["count"] == 1
+    assert viewed.said[0].startswith("12 pictures that the weights were trained on have mere numbers")
     unknown = lab({})
     assert quality.on_photos(NET, ENGINE, settings, unknown).figures["photos"]["count"] == 2
     assert "do not tell what they were trained on" in unknown.said[0]
@@ -205,6 +215,22 @@ def pairs() -> dict[str, float]:
     return found
 
 
+def test_the_network_is_also_shown_frames_that_do_not_tell_their_noise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told = []
+
+    def developed(net: Any, engine: Any, frame: Any) -> np.ndarray:
+        told.append((net is not None, frame.noise))
+        return np.zeros((*frame.values.shape, 3), np.uint8)
+
+    monkeypatch.setattr(libraw, "WAYS", TWO)
+    monkeypatch.setattr(quality, "developed", developed)
+    quality.on_photos(NET, ENGINE, Bench(photos=photos(1), shot="1e-2"), lab({"trained_on": []}))
+    known = unprocess.expected(quality.recipe(1e-2))
+    assert told == [(True, known), (True, None), (False, known)]
+
+
 def test_quality_on_pairs() -> None:
     expected = pairs()
     settings = Bench(data=Path("pairs"), report=Path("page"))
@@ -221,3 +247,10 @@ def test_quality_on_pairs() -> None:
     ]  # fmt: skip
     with pytest.raises(ImgtoolError, match="trained on all of these pairs"):
         quality.on_pairs(NET, ENGINE, settings, lab({"trained_on": ["a", "b"]}))
+    for names in (["a", "views/b.png"], ["first", "second"]):  # their own names, those of their photos
+        lines = [json.loads(line) for line in Path("pairs/samples.jsonl").read_text().splitlines()]
+        photos_of = dict(zip(("a", "b"), ("first.jpg", "second.jpg"), strict=True))
+        renamed = [json.dumps(line | {"photo": photos_of[line["name"]]}) for line in lines]
+        Path("pairs/samples.jsonl").write_text("\n".join(renamed) + "\n")
+        with pytest.raises(ImgtoolError, match="trained on all of these pairs"):
+            quality.on_pairs(NET, ENGINE, settings, lab({"trained_on": names}))

@@ -98,4 +98,4 @@ def test_recipes_are_drawn_over_the_whole_range() -> None:
 
 def test_mosaic_keeps_each_places_colour() -> None:
     planes = np.stack([np.full((4, 4), value, np.float32) for value in (1, 2, 3)], 2)
-    assert bayer.pack(unprocess.mosaic(planes))[:, 0, 0].tolist() == [1, 2, 2, 3]
+    assert bayer.pack(unprocess.mosaic_of(planes))[:, 0, 0].tolist() == [1, 2, 2, 3]

@@ -104,7 +104,7 @@ def _forked(path: Path, timeout: float) -> bytes:
         child = os.fork()
     if not child:
         os.close(reader)
-        _answer(path, writer)
+        _answer(path, writer, timeout)
     os.close(writer)
     try:
         data = _received(reader, path, timeout)
@@ -184,7 +184,7 @@ def _sensible(matrix: Floats) -> bool:
 # What follows runs in the child.
 
 
-def _answer(path: Path, writer: int) -> None:
+def _answer(path: Path, writer: int, timeout: float) -> None:
     """Write the statistics of a file, or what is wrong with it, and end the process."""
     status = FAILED
     try:
@@ -193,7 +193,8 @@ def _answer(path: Path, writer: int) -> None:
         for stream in (1, 2):  # LibRaw speaks of its own accord
             os.dup2(nowhere, stream)
         try:
-            data = _packed(decode(path), shared)
+            with decoder.limited(timeout):
+                data = _packed(decode(path), shared)
         except ImgtoolError as fault:
             data = _said(fault).encode()
         except MemoryError:

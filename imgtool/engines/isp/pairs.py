@@ -7,10 +7,10 @@ pixel.
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -39,9 +39,6 @@ APART = "full_resolution"
 """Folder of the Zurich data set whose photographs are not aligned with its RAW files."""
 
 LISTED = "imgtool data check isp lists all such pairs"
-
-LOOKED_AT = 40
-"""RAW files whose sensitivity is looked at."""
 
 SENSITIVE = 800
 """ISO above which LibRaw's rendering of a file is no target: it is noisy itself."""
@@ -73,10 +70,13 @@ BITS = 10
 WHITE = 1023.0
 """Of the PNG mosaics of both challenges."""
 
+MADE = Layout("made", "raw", "rgb")
+"""Of what data synth and data render write."""
+
 LAYOUTS = (
     Layout("mai21", "mediatek_raw", "fujifilm", (58.0, 60.0, 61.0, 62.0)),
     Layout("zurich", "huawei_raw", "canon", (63.0, 63.0, 63.0, 63.0)),
-    Layout("made", "raw", "rgb"),
+    MADE,
 )
 """Of the Mobile AI 2021 challenge, the Zurich RAW-to-RGB data set, and data synth and data render."""
 
@@ -93,12 +93,14 @@ class Facts:
         split: "train", "val", "test"; "" where the folder does not say.
         source: The photograph that it was made from: what stays on one side when pairs are held out.
         noise: Shot and read variance, white 1, where the folder's list says it.
+        gains: White balance that the photograph has, red, green (1), blue, where the folder's list says it.
     """
 
     layout: Layout
     split: str = ""
     source: str = ""
     noise: tuple[float, float] | None = None
+    gains: tuple[float, float, float] | None = None
 
 
 class Files(NamedTuple):
@@ -162,8 +164,15 @@ class Group:
         shot, read = row.get("shot"), row.get("read")
         known = isinstance(shot, int | float) and isinstance(read, int | float)
         noise = (float(shot), float(read)) if known else None  # type: ignore[arg-type]
-        source = Path(str(row["photo"])).stem if "photo" in row else stem
-        return Facts(self.layout, self.split, source, noise)
+        return Facts(self.layout, self.split, str(row.get("photo", stem)), noise, _listed_gains(row))
+
+
+def _listed_gains(row: Mapping[str, Any]) -> tuple[float, float, float] | None:
+    found = row.get("gains")
+    if not (isinstance(found, list) and len(found) == 3 and raw.usable(found)):
+        return None
+    red, green, blue = found
+    return red / green, 1.0, blue / green
 
 
 def groups(folder: Path) -> list[Group]:
@@ -225,16 +234,27 @@ def files_of(folder: Path) -> list[Files]:
 
 
 def read_mosaic(each: Files) -> Mosaic:
-    """Read a pair's mosaic; the layout says the levels of PNG files.
+    """Read a pair's mosaic; the layout says the levels of PNG files, the list the balance.
+
+    Its noise is what the file says, else what the list says, and not less than that of whole numbers.
 
     Raises:
         ImgtoolError: It cannot be read.
     """
     layout = each.facts.layout
     if layout.black is None:
-        return mosaic.read(each.raw)
-    read = mosaic.read(each.raw, mosaic.Stated(bits=BITS))
-    return replace(read, black=layout.black, white=WHITE)
+        frame = mosaic.read(each.raw)
+    else:
+        read = mosaic.read(each.raw, mosaic.Stated(bits=BITS))
+        frame = replace(read, black=layout.black, white=WHITE)
+    known = frame.noise or each.facts.noise
+    if known:
+        known = (known[0], max(known[1], _rounding(frame)))
+    return replace(frame, gains=each.facts.gains or frame.gains, noise=known)
+
+
+def _rounding(frame: Mosaic) -> float:
+    return unprocess.rounding(frame.white - float(np.mean(frame.black)))
 
 
 def read_pair(each: Files) -> tuple[Mosaic, Picture | None]:
@@ -282,6 +302,12 @@ def within(frame: Mosaic, crop: tuple[int, int, int, int]) -> Mosaic:
     )
 
 
+def balance(frame: Mosaic) -> tuple[float, float, float]:
+    """Return the gains to train a frame with: the camera's, else daylight's, else 1; the least is 1."""
+    known = frame.gains or frame.daylight
+    return bayer.least_is_one(known) if known else (1.0, 1.0, 1.0)
+
+
 @dataclass(frozen=True)
 class _Reader:
     """Reads frames by the paths of their mosaics."""
@@ -295,9 +321,9 @@ class _Reader:
         if target is None:
             if each.facts.layout != RENDERED:
                 raise ImgtoolError(f"no partner of {path}", LISTED)
-            target = raw.render(path, demosaic=self.demosaic, upright=False)
+            target = raw.render(path, balance(frame), demosaic=self.demosaic, upright=False)
             frame = _to_size(frame, target, each)
-        known = each.facts.noise or frame.noise or noise.estimate(frame)
+        known = frame.noise or noise.estimate(frame)
         return Frame(replace(frame, noise=known), images.convert(target, np.uint8))
 
 
@@ -318,6 +344,10 @@ class Frames(samples.Decoded):
     def __reduce__(self) -> tuple[type[Frames], tuple[Any, ...]]:
         """Come empty to a worker process."""
         return Frames, self._of
+
+    def source(self, path: Path) -> str:
+        """Return the photograph that the pair of a mosaic's path was made from; see ``Facts``."""
+        return self._of[0][path].facts.source
 
     def frame(self, path: Path) -> Frame:
         """Return the frame of a mosaic's path.
@@ -347,7 +377,7 @@ class Turn(NamedTuple):
         return row, column
 
 
-def cut(frame: Frame, crop: int, turn: Turn, rng: np.random.Generator) -> tuple[Picture, Picture]:
+def cut(frame: Frame, crop: int, turn: Turn, rng: np.random.Generator) -> Frame:
     """Cut the same square out of mosaic and target and turn both, red first in the turned mosaic.
 
     Args:
@@ -357,21 +387,28 @@ def cut(frame: Frame, crop: int, turn: Turn, rng: np.random.Generator) -> tuple[
         rng: Draws the place.
 
     Returns:
-        ``(crop, crop)`` float32 RGGB, black 0, white 1, and ``(crop, crop, 3)`` uint8.
+        ``(crop, crop)`` RGGB with its own black levels, and ``(crop, crop, 3)`` uint8.
     """
-    before = bayer.phase(frame.mosaic.pattern)
-    top, left = (
-        _start(first, first + size - crop, parity, rng)
-        for first, size, parity in zip(before, frame.mosaic.values.shape, turn.corner(), strict=True)
+    before, corner, size = bayer.phase(frame.mosaic.pattern), turn.corner(), frame.mosaic.values.shape
+    starts = [
+        _start(first, first + edge - crop, parity, rng)
+        for first, edge, parity in zip(before, size, corner, strict=True)
+    ]
+    places = np.ix_(*(
+        tiles.mirrored(start - first, start - first + crop, edge)
+        for start, first, edge in zip(starts, before, size, strict=True)
+    ))  # fmt: skip
+    block = np.roll(np.reshape(bayer.rggb_black(frame.mosaic), (2, 2)), corner, (0, 1))
+    first, second, third, fourth = turn(block).ravel().tolist()
+    square = replace(
+        frame.mosaic,
+        values=np.ascontiguousarray(turn(frame.mosaic.values[places])),
+        pattern="RGGB",
+        black=(first, second, third, fourth),
+        crop=None,
+        flip=0,
     )
-    rows, columns = ((start - start % 2, start - start % 2 + crop + 2) for start in (top, left))
-    values = bayer.window(frame.mosaic, rows, columns)
-    values = values[top % 2 : top % 2 + crop, left % 2 : left % 2 + crop]
-    down, across = (
-        tiles.mirrored(start - first, start - first + crop, size)
-        for start, first, size in zip((top, left), before, frame.target.shape, strict=False)
-    )
-    return np.ascontiguousarray(turn(values)), turn(frame.target[down][:, across])
+    return Frame(square, turn(frame.target[places]))
 
 
 def _start(first: int, last: int, parity: int, rng: np.random.Generator) -> int:
@@ -406,41 +443,36 @@ class Pairs:
 
     def draw(self, index: int, rng: np.random.Generator, crop: int) -> Drawn:
         """Cut a crop of a pair."""
-        path = self.paths[index]
-        frame = self.frames.frame(path)
+        frame = self.frames.frame(self.paths[index])
         turn = Turn(bool(rng.integers(2)), int(rng.integers(4))) if self.augment else Turn()
-        if self.scaling == "mai21":
-            frame = Frame(_as_original(frame.mosaic), frame.target)
-        values, target = cut(frame, crop, turn, rng)
-        told = frame.mosaic.noise or (0.0, 0.0)
+        square, target = cut(frame, crop, turn, rng)
         if self.added is not None:
-            values, told = _with_noise(values, told, self.added, rng)
-        matrix = np.eye(3) if frame.mosaic.matrix is None else frame.mosaic.matrix
-        return Drawn(bayer.pack(values), _gains(frame.mosaic), matrix, told, target.transpose(2, 0, 1))
+            square = _with_noise(square, self.added, rng)
+        photo = target.transpose(2, 0, 1)
+        if self.scaling == "mai21":
+            packed = bayer.pack(square.values * np.float32(WHITE / (bayer.MAI21_WHITE * square.white)))
+            return Drawn(packed, (1.0, 1.0, 1.0), np.eye(3), (0.0, 0.0), photo, square)
+        packed = bayer.pack(bayer.window(square, (0, crop), (0, crop)))
+        matrix = np.eye(3) if square.matrix is None else square.matrix
+        return Drawn(packed, balance(square), matrix, square.noise or (0.0, 0.0), photo, square)
+
+    def names(self) -> list[str]:
+        """Return the photograph that each pair was made from; see ``Facts``."""
+        return [self.frames.source(path) for path in self.paths]
 
 
-def _as_original(frame: Mosaic) -> Mosaic:
-    """Return a mosaic that is scaled by 1020 where its white is 1023, and of which nothing else is known."""
-    white = frame.white * bayer.MAI21_WHITE / WHITE
-    return replace(frame, black=(0.0,) * 4, white=white, gains=None, daylight=None, matrix=None, noise=None)
-
-
-def _gains(frame: Mosaic) -> tuple[float, float, float]:
-    known = frame.gains or frame.daylight
-    return bayer.least_is_one(known) if known else (1.0, 1.0, 1.0)
-
-
-def _with_noise(
-    values: Picture,
-    own: tuple[float, float],
-    levels: Added,
-    rng: np.random.Generator,
-) -> tuple[Picture, tuple[float, float]]:
-    """Add noise to ``(H, W)`` of black 0 and white 1; return it, and shot and read of all its noise."""
-    shot, read = unprocess.draw_noise(rng, *levels, BITS)
+def _with_noise(frame: Mosaic, levels: Added, rng: np.random.Generator) -> Mosaic:
+    """Add noise to an RGGB frame, in whole numbers; what is white stays white, and nothing gets beyond."""
+    shot, read = unprocess.draw_noise(rng, *levels)
+    black = np.tile(np.reshape(frame.black, (2, 2)), np.array(frame.values.shape) // 2).astype(np.float32)
+    span = np.float32(frame.white) - black
+    values = (frame.values - black) / span
     deviation = np.sqrt(np.float32(shot) * np.maximum(values, 0) + np.float32(read))
-    noisy = values + deviation * rng.standard_normal(values.shape, np.float32)
-    return noisy, (own[0] + shot, own[1] + read)
+    noisy = black + span * (values + deviation * rng.standard_normal(values.shape, np.float32))
+    whole = np.rint(np.clip(noisy, 0, frame.white)).astype(np.uint16)
+    own = frame.noise or (0.0, 0.0)
+    added = (own[0] + shot, own[1] + read + (_rounding(frame) if shot or read else 0.0))
+    return replace(frame, values=np.where(values < 1, whole, frame.values), noise=added)
 
 
 # --- training --------------------------------------------------------------------------------
@@ -509,10 +541,42 @@ def split(folder: Path) -> tuple[list[Files], list[Files]]:
     return kept, held
 
 
-def _of_raws(folders: Sequence[Path]) -> tuple[list[Files], list[Files]]:
+class _Seen(NamedTuple):
+    """What is known of a RAW file before a training.
+
+    Attributes:
+        fault: Why it cannot be trained on, "" where it can.
+        iso: Its sensitivity, 0 where unknown.
+        balanced: Whether its white balance is known, the camera's or daylight's.
+    """
+
+    fault: str = ""
+    iso: float = 0.0
+    balanced: bool = True
+
+
+@lru_cache(maxsize=1 << 16)
+def _look(path: Path, _changed: int) -> _Seen:
+    try:
+        frame = mosaic.read(path)
+    except ImgtoolError as fault:
+        return _Seen(fault.what)
+    return _Seen("", frame.exif.get("iso") or 0.0, bool(frame.gains or frame.daylight))
+
+
+def _looked_at(folders: Sequence[Path]) -> dict[Path, _Seen]:
+    """Decode every RAW file of folders, once in a process: a bad one would stop the training later."""
     paths = [path for path in samples.distinct(folders).values() if path.suffix.lower() in files.RAW]
+    return {path: _look(path, path.stat().st_mtime_ns) for path in paths}
+
+
+def _of_raws(folders: Sequence[Path]) -> tuple[list[Files], list[Files]]:
+    seen = _looked_at(folders)
+    paths = [path for path, each in seen.items() if not each.fault]
     if folders and len(paths) < 2:
-        raise ImgtoolError("fewer than two RAW files found", "name a folder of RAW files by --raws", USAGE)
+        first = next((f": {each.fault}" for each in seen.values() if each.fault), "")
+        what = f"fewer than two RAW files that can be read{first}"
+        raise ImgtoolError(what, "name a folder of RAW files by --raws", USAGE)
     found = [Files(path, None, Facts(RENDERED, source=path.stem)) for path in paths]
     return samples.split(found, lambda each: each.facts.source) if found else ([], [])
 
@@ -523,16 +587,22 @@ def of_another_camera(folder: Path) -> bool:
 
 
 def warning(settings: Train) -> str:
-    """Return what a user should know of the RAW files that are rendered, "" where there is nothing.
-
-    Looks at no more than ``LOOKED_AT`` of them, evenly over all.
-    """
-    paths = [each.raw for part in _of_raws(settings.raws) for each in part]
-    some = paths[:: math.ceil(len(paths) / LOOKED_AT) or 1]
-    noisy = [path for path in some if (mosaic.read(path).exif.get("iso") or 0) > SENSITIVE]
-    if not noisy:
-        return ""
-    return (
-        f"{len(noisy)} of {len(some)} RAW files were shot above ISO {SENSITIVE}, as {noisy[0]}: the noise of "
-        "their renderings is learnt too"
-    )
+    """Return what a user should know of the RAW files that are rendered, "" where there is nothing."""
+    seen = _looked_at(settings.raws)
+    faults = [each.fault for each in seen.values() if each.fault]
+    noisy = [path for path, each in seen.items() if each.iso > SENSITIVE]
+    bare = [path for path, each in seen.items() if not each.balanced]
+    words = []
+    if faults:
+        words.append(f"{len(faults)} of {len(seen)} RAW files cannot be used and are left out: {faults[0]}")
+    if noisy:
+        words.append(
+            f"{len(noisy)} of {len(seen)} RAW files were shot above ISO {SENSITIVE}, as {noisy[0]}: the "
+            "noise of their renderings is learnt too"
+        )
+    if bare:
+        words.append(
+            f"{len(bare)} of {len(seen)} RAW files say no white balance, as {bare[0]}: they are rendered "
+            "and learnt with gains of 1"
+        )
+    return "; ".join(words)

@@ -108,19 +108,7 @@ def weights_file(path: Path | None) -> Path:
     if found:
         return found[-1]
     models: Any = compute.torchvision().models
-    return _download(models.VGG19_Weights.IMAGENET1K_V1.url, folder)
-
-
-def _download(url: str, folder: Path) -> Path:
-    target = folder / url.rpartition("/")[2]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(target), target.stem.rpartition("-")[2], progress=False)
-    except (OSError, RuntimeError) as fault:
-        raise ImgtoolError(
-            f"cannot download {url}: {fault}", f"put {target.name} into {folder}, or name it by --vgg"
-        ) from None
-    return target
+    return compute.download(models.VGG19_Weights.IMAGENET1K_V1.url, folder, "name it by --vgg")
 
 
 def read(path: Path) -> Features:

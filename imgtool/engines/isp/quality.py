@@ -1,6 +1,7 @@
 """Quality beside LibRaw: on raw frames made of photographs, whose truth is known, and on pairs.
 
-Edges of the pictures do not count: some of LibRaw's algorithms leave the outermost pixels half done.
+Edges of the pictures do not count (``libraw.MARGIN``). Frames that are made of photographs tell their noise,
+as DNG files of phones do; "ours, noise measured" is the same network on frames that do not.
 """
 
 from __future__ import annotations
@@ -31,9 +32,7 @@ CAMERA = "Canon PowerShot G2"
 GAINS = (1.9, 1.0, 1.6)
 """White balance of the frames that are made of photographs."""
 SEED = 20_261_121
-MARGIN = 8
-"""Pixels at the edges that do not count."""
-OURS, FRONT_END = "ours", "front end (Malvar)"
+OURS, MEASURED, FRONT_END = "ours", "ours, noise measured", "front end (Malvar)"
 ABOVE = {0.0: -1.0, 1e-4: -1.0, 1e-3: 1.0, 4e-3: 2.5, 1e-2: 4.0}
 """Shot noise to the dB that the network must be above LibRaw's best setting."""
 CLOSER = (OURS, libraw.DEFAULT)
@@ -72,9 +71,8 @@ def measured(picture: Picture, truth: Picture, closer: bool = True) -> Measured:
 
 
 def _inside(picture: Picture) -> Picture:
-    if min(picture.shape[:2]) <= 2 * MARGIN:
-        return picture
-    return picture[MARGIN:-MARGIN, MARGIN:-MARGIN]
+    edge = libraw.MARGIN
+    return picture if min(picture.shape[:2]) <= 2 * edge else picture[edge:-edge, edge:-edge]
 
 
 def recipe(shot: float) -> unprocess.Recipe:
@@ -165,10 +163,10 @@ def on_photos(net: nn.Module, engine: Engine, settings: Bench, lab: Any) -> Part
 
 
 def _photographs(folder: Path, lab: Any) -> list[Path]:
-    """Return the photos of a folder that the weights were not trained on."""
+    """Return the photos of a folder that the weights were not trained on, nor on views of them."""
     paths = _pictures(folder)
     trained = trained_on(lab)
-    kept = [path for path in paths if (samples.indexed_source(path) or path.stem) not in trained]
+    kept = [path for path in paths if not stems(path.name, samples.indexed_source(path)) & trained]
     _tell(len(paths) - len(kept), len(paths), "photos", lab)
     return kept
 
@@ -181,11 +179,24 @@ def _pictures(folder: Path) -> list[Path]:
 
 
 def trained_on(lab: Any) -> frozenset[str]:
-    """Return the names of the photos that the weights were trained on, as far as their header tells."""
+    """Return ``stems`` of the photos that the weights were trained on, as far as their header tells."""
     header = lab.weights.header
     if "trained_on" not in header:
         lab.watch.say("the weights do not tell what they were trained on: figures on that would be no test")
-    return frozenset(header.get("trained_on", ()))
+    if unknown := header.get("trained_on_left_out"):
+        lab.watch.say(f"{unknown} pictures that the weights were trained on have mere numbers for names: "
+                      "they cannot be recognised, and figures on them would be no test")  # fmt: skip
+    return stems(*header.get("trained_on", ()))
+
+
+def stems(*names: str) -> frozenset[str]:
+    """Return names without folders, both with and without what may be an extension.
+
+    >>> sorted(stems("photos/a.jpg", "b.2", ""))
+    ['a', 'a.jpg', 'b', 'b.2']
+    """
+    paths = [Path(name) for name in names if name]
+    return frozenset(part for path in paths for part in (path.stem, path.name))
 
 
 def _tell(left_out: int, count: int, what: str, lab: Any) -> None:
@@ -206,7 +217,11 @@ def _renderings(
     made = recipe(shot)
     values, truth = unprocess.frame(rgb, made, np.random.default_rng([SEED, number]))
     frame = mosaic(values, made)
-    found = {OURS: developed(net, engine, frame), FRONT_END: developed(None, engine, frame)}
+    found = {
+        OURS: developed(net, engine, frame),
+        MEASURED: developed(net, engine, replace(frame, noise=None)),
+        FRONT_END: developed(None, engine, frame),
+    }
     return found | libraw.of_mosaic(frame, libraw.WAYS), truth
 
 
@@ -246,14 +261,14 @@ class Level:
         means = self.psnr()
         return max((name for name in libraw.WAYS if name in means), key=lambda name: means[name])
 
-    def gains(self) -> list[float]:
-        """Return by how much PSNR is above that setting's, picture by picture."""
-        pairs_of = zip(self.found[OURS], self.found[self.best()], strict=True)
+    def gains(self, method: str = OURS) -> list[float]:
+        """Return by how much a method's PSNR is above that setting's, picture by picture."""
+        pairs_of = zip(self.found[method], self.found[self.best()], strict=True)
         return [ours.psnr - other.psnr for ours, other in pairs_of]
 
-    def above(self) -> float:
+    def above(self, method: str = OURS) -> float:
         """Return the mean of ``gains``."""
-        return float(np.mean(self.gains()))
+        return float(np.mean(self.gains(method)))
 
     def figures(self) -> dict[str, Any]:
         """Return what the record keeps."""
@@ -271,6 +286,7 @@ class Level:
             "best_libraw": self.best(),
             "above_best_libraw": self.above(),
             "above_best_libraw_95": list(metrics.interval(self.gains())),
+            **({"above_best_libraw_noise_measured": self.above(MEASURED)} if MEASURED in self.found else {}),
             **{
                 name: {method: values[name] for method, values in closer.items()} for name in ("ssim", "de00")
             },
@@ -282,7 +298,8 @@ def _table(found: Mapping[float, Level], title: str) -> Table:
     means = [level.psnr() for level in found.values()]
     rows: list[tuple[object, ...]] = [(name, *(f"{mean[name]:.2f}" for mean in means)) for name in means[0]]
     rows.append(("best of LibRaw", *(level.best() for level in found.values())))
-    rows.append(("ours above it", *(f"{level.above():+.2f}" for level in found.values())))
+    for method in (OURS, MEASURED):
+        rows.append((f"{method}, above it", *(f"{level.above(method):+.2f}" for level in found.values())))
     return Table(title, ("method", *(f"{shot:g}" for shot in found)), rows)
 
 
@@ -299,7 +316,7 @@ def _report(found: Mapping[float, Level], folder: Path) -> None:
     """Write a sheet for each noise, and a plot of PSNR by noise."""
     for shot, level in found.items():
         _sheet(level, level.best(), folder / f"shot-{shot:g}.png", f"Shot noise {shot:g}")
-    names = (OURS, FRONT_END, *libraw.WAYS)
+    names = (OURS, MEASURED, *libraw.WAYS)  # as many as there are colours
     lines = {
         name: np.array([[_noise_percent(shot), level.psnr()[name]] for shot, level in found.items()])
         for name in names
@@ -369,7 +386,7 @@ def _pairs(folder: Path, lab: Any) -> list[pairs.Files]:
     if apart:
         return apart
     trained = trained_on(lab)
-    kept = [each for each in found if not {each.raw.stem, each.facts.source} & trained]
+    kept = [each for each in found if not stems(each.raw.name, each.facts.source) & trained]
     _tell(len(found) - len(kept), len(found), "pairs", lab)
     return kept
 

@@ -9,6 +9,8 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from imgtool.mosaic import Mosaic
+
 Picture = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 
@@ -44,7 +46,7 @@ class Drawn(NamedTuple):
         matrix: Camera to linear sRGB.
         noise: Shot and read.
         target: Photograph.
-        black: Where black lies in ``packed``, where that is not 0.
+        rival: The very crop as a frame that LibRaw can be given, where ``packed`` alone would not do.
     """
 
     packed: Floats
@@ -52,7 +54,7 @@ class Drawn(NamedTuple):
     matrix: npt.NDArray[np.float64]
     noise: tuple[float, float]
     target: Picture
-    black: float = 0.0
+    rival: Mosaic | None = None
 
 
 class Source(Protocol):
@@ -60,6 +62,10 @@ class Source(Protocol):
 
     def __len__(self) -> int:
         """Return how many different photos or pairs there are."""
+        ...
+
+    def names(self) -> list[str]:
+        """Return the photograph behind each of them."""
         ...
 
     def draw(self, index: int, rng: np.random.Generator, crop: int) -> Drawn:

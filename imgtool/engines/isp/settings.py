@@ -14,6 +14,7 @@ from imgtool.settings import (
     MODEL,
     NETWORK,
     TRAINING,
+    Place,
     Settings,
     setting,
 )
@@ -34,8 +35,8 @@ class Model(Settings):
     width: Literal["8", "16", "32"] = setting("16", "punet: channels of the first level.", panel=MODEL)
     packing: Literal["rggb", "mai21"] = setting(
         "rggb",
-        "Order of the four planes that the network is fed: rggb (R, Gr, Gb, B) or mai21 (the original's "
-        "B, Gb, R, Gr).",
+        "Order of the four planes that the network is fed: rggb (R, Gr, Gb, B) or mai21 (the original's: "
+        "B, Gr, R, Gb).",
         panel=MODEL,
     )
     scaling: Literal["levels", "mai21"] = setting(
@@ -74,7 +75,9 @@ class Levels(Settings):
         0, "PNG and headerless mosaics: bits of a pixel; 0 takes those of the largest value.",
         panel=FILES, ge=0, le=16,
     )  # fmt: skip
-    black: float = setting(-1.0, "Their black level; -1 is 0.", panel=FILES, ge=-1)
+    black: str = setting(
+        "", "Their black level, or four, of the pattern's places row by row, as 58,60,61,62.", panel=FILES
+    )
     white: float = setting(-1.0, "Their white level; -1 is 2^bits - 1.", panel=FILES, ge=-1)
 
 
@@ -126,6 +129,13 @@ class Infer(Levels, common.Infer):
     """Develop RAW files into photographs."""
 
     example: ClassVar[str] = "imgtool infer isp IMG_1.DNG -o photo.jpg --compare libraw"
+    inputs: tuple[Place, ...] = setting(
+        ..., "RAW files, PNG mosaics, folders of them, globs, or - for standard input.", panel=FILES,
+        argument=True, min_length=1,
+    )  # fmt: skip
+    format: Literal["", "jpg", "png", "tif", "webp"] = setting(
+        "", "File type of the output [default: that of -o, else jpg; png with --depth 16].", panel=FILES
+    )
     depth: Literal["auto", "8", "16"] = setting(
         "auto", "Bits of a colour in the output; auto is 16 for TIFF and 8 for others.", panel=FILES
     )
@@ -153,7 +163,8 @@ class Infer(Levels, common.Infer):
     )
     tile: int | None = setting(
         None,
-        "Edge of a tile in pixels, without its overlap; 0 takes the frame whole [default: from --memory].",
+        "Edge of a tile in pixels, without its overlap, at least 64; 0 takes the frame whole [default: from "
+        "--memory].",
         panel=NETWORK,
         ge=0,
         le=65536,
@@ -171,7 +182,9 @@ class Bench(common.Bench):
     height: int = setting(1088, "Rows of the timed picture.", panel=MEASUREMENT, ge=32)
     width: int = setting(1920, "Columns of the timed picture.", panel=MEASUREMENT, ge=32)
     max_ms: float = setting(
-        0.0, "Latency of the network under test at most, in ms, of its fastest form; 0 sets no limit.",
+        0.0,
+        "Latency of the network alone at most, in ms: in fp16 as a CUDA graph, on a CPU in its fastest form; 0 "
+        "sets no limit.",
         panel=MEASUREMENT, ge=0,
     )  # fmt: skip
     iterations: int = setting(200, "Timed iterations on a GPU.", panel=MEASUREMENT, ge=20)

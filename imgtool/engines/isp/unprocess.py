@@ -29,8 +29,8 @@ CAMERAS: Mapping[str, tuple[int, ...]] = {
 }
 """CIE XYZ to camera at D65 in ten-thousandths, row by row: measured by Adobe, as LibRaw's table has them."""
 
-GAINS = (1.2, 2.8)
-"""Range of the gains of red and blue."""
+RED, BLUE = (0.9, 2.8), (1.1, 3.2)
+"""Ranges of their gains where that of green is 1: from tungsten to shade."""
 
 BITS = (10, 12, 12, 14)
 """Bits of a pixel, as often as they stand here."""
@@ -93,9 +93,7 @@ def typical_read(shot: float) -> float:
     return float(np.exp(2.18 * np.log(shot) + 1.2)) + 3e-7 if shot > 0 else 0.0
 
 
-def draw_noise(
-    rng: np.random.Generator, least: float, most: float, free: float, bits: int
-) -> tuple[float, float]:
+def draw_noise(rng: np.random.Generator, least: float, most: float, free: float) -> tuple[float, float]:
     """Draw shot and read noise.
 
     Args:
@@ -103,10 +101,9 @@ def draw_noise(
         least: Least shot noise.
         most: Largest shot noise; log-uniform between.
         free: Share of frames that have none.
-        bits: Of a pixel.
 
     Returns:
-        Shot and read, without what rounding to ``bits`` adds.
+        Shot and read, without what rounding adds.
     """
     if rng.random() < free:
         return 0.0, 0.0
@@ -120,9 +117,9 @@ def draw(
 ) -> Recipe:
     """Draw a camera, a light, an exposure and a noise."""
     matrix = colour.camera_to_srgb(mixture(rng))
-    red, blue = np.exp(rng.uniform(np.log(GAINS[0]), np.log(GAINS[1]), 2))
+    red, blue = np.exp(rng.uniform(*np.log(np.transpose([RED, BLUE]))))
     bits = int(rng.choice(BITS))
-    shot, read = draw_noise(rng, least_shot, most_shot, noise_free, bits)
+    shot, read = draw_noise(rng, least_shot, most_shot, noise_free)
     exposure = 2.0 ** rng.uniform(-2.5, 1.0) if rng.random() < BRIGHTENED else 1.0
     black = int(rng.choice([0, 1, 2, 4]) * (1 << bits) // 64)
     return Recipe(bayer.least_is_one((red, 1.0, blue)), matrix, shot, read, bits, black, float(exposure), HOT)
@@ -154,12 +151,12 @@ def frame(rgb: Picture, recipe: Recipe, rng: np.random.Generator) -> tuple[npt.N
         colours without noise and mosaic.
     """
     camera = _LINEAR[rgb] @ np.linalg.inv(recipe.matrix).T.astype(np.float32)
-    camera = np.clip(camera * np.float32(recipe.exposure), 0, np.asarray(recipe.gains, np.float32))
-    values = mosaic(camera / np.asarray(recipe.gains, np.float32))
+    camera = np.maximum(camera * np.float32(recipe.exposure), 0)
+    values = mosaic_of(camera / np.asarray(recipe.gains, np.float32))
     return noisy(values, recipe, rng), truth(np.minimum(camera, 1), recipe.matrix)
 
 
-def mosaic(camera: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+def mosaic_of(camera: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """Keep one colour of each pixel: ``(H, W, 3)`` to ``(H, W)``, RGGB."""
     values = np.empty(camera.shape[:2], np.float32)
     for (row, column), channel in zip(bayer.PLACES, (0, 1, 1, 2), strict=True):
@@ -177,7 +174,7 @@ def truth(camera: npt.NDArray[Any], matrix: Floats) -> Picture:
 def noisy(
     values: npt.NDArray[np.float32], recipe: Recipe, rng: np.random.Generator
 ) -> npt.NDArray[np.uint16]:
-    """Add noise to ``(H, W)`` signals in 0..1 and round them to raw integers."""
+    """Add noise to ``(H, W)`` signals and round them to raw integers; what is above white then is white."""
     if recipe.shot or recipe.read:
         deviation = np.sqrt(np.float32(recipe.shot) * values + np.float32(recipe.read))
         values = values + deviation * rng.standard_normal(values.shape, np.float32)

@@ -281,19 +281,7 @@ def _backbone(wanted: str) -> Path | None:
     if found or wanted == "auto":
         return found[-1] if found else None
     models: Any = compute.torchvision().models
-    return _download(models.EfficientNet_B0_Weights.IMAGENET1K_V1.url, folder)
-
-
-def _download(url: str, folder: Path) -> Path:
-    target = folder / url.rpartition("/")[2]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(target), target.stem.rpartition("-")[2], progress=False)
-    except (OSError, RuntimeError) as fault:
-        raise ImgtoolError(
-            f"cannot download {url}: {fault}", f"put {target.name} into {folder}, or take --backbone none"
-        ) from None
-    return target
+    return compute.download(models.EfficientNet_B0_Weights.IMAGENET1K_V1.url, folder, "take --backbone none")
 
 
 def fill(net: ImageEstimator, path: Path) -> None:
