@@ -30,7 +30,7 @@ def device(name: str) -> torch.device:
         torch.empty(1, device=chosen).tolist()  # the device "meta" is always there, but holds nothing
     except (RuntimeError, AssertionError, ImportError):
         raise ImgtoolError(f"no device {name} here", "take --device auto or cpu", USAGE) from None
-    if chosen.type == "cuda":
+    if name.startswith("cuda"):
         torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
     return chosen
 

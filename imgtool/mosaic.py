@@ -355,7 +355,7 @@ def _facts(
         "pattern": "".join(letter for *_, letter in raster),
         "black": black,
         "white": white,
-        "gains": _balance(file.camera_whitebalance, tags.NEUTRAL in found),
+        "gains": _balance(file.camera_whitebalance, tags.NEUTRAL in found or tags.DNG_VERSION not in found),
         "daylight": _balance(file.daylight_whitebalance),
         "xyz": xyz.tolist() if xyz.any() else None,
         "own": own.tolist() if np.isfinite(own).all() and np.linalg.matrix_rank(own) == 3 else None,
@@ -404,7 +404,8 @@ def _shown(file: rawpy.RawPy) -> list[list[float]] | None:
 def _balance(gains: Sequence[float], even: bool = False) -> list[float] | None:
     """Return gains of which green's is 1, None where unknown.
 
-    Where nothing is known, LibRaw has zeros, or three that are equal; they count only if ``even``.
+    Where nothing is known, LibRaw has zeros, or of a DNG three that are equal; these count only if ``even``.
+    Of other files three equal ones say that the camera balanced its pixels itself.
     """
     red, green, blue = gains[:3]
     if not raw.usable((red, green, blue)) or (red == green == blue and not even):

@@ -419,3 +419,16 @@ def test_the_aligned_frame_covers_every_pixel() -> None:
         odd = replace(frame(), values=frame().values[:5, :7], pattern=pattern)
         assert made(odd).pixels.shape == (5, 7, 3)
         assert all(size % 2 == 0 for size in bayer.aligned_size(odd))
+
+
+def test_a_real_file_with_a_matrix_hidden_in_libraw_is_rendered_as_libraw_does() -> None:
+    """The example of a Kodak DC50: nothing that LibRaw tells of it has the matrix that it uses."""
+    path = Path(__file__).parents[2] / "examples" / "chart.kdc"
+    asked = settings(demosaic="linear", area="visible", flip=False)
+    frame = apply.opened(path, "chart.kdc", asked, None)
+    assert frame.gains == (1.0, 1.0, 1.0)
+    assert frame.matrix_source == "library"
+    found = apply.apply(None, frame, asked, Watch(source=path)).pixels
+    other = raw.render(path, demosaic="linear", upright=False)
+    apart = (found.astype(float) - other)[4:-4, 4:-4] / 65535
+    assert -10 * np.log10(np.square(apart).mean()) > 80

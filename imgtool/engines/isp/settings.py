@@ -183,8 +183,8 @@ class Bench(common.Bench):
     width: int = setting(1920, "Columns of the timed picture.", panel=MEASUREMENT, ge=32)
     max_ms: float = setting(
         0.0,
-        "Latency of the network alone at most, in ms: in fp16 as a CUDA graph, on a CPU in its fastest form; 0 "
-        "sets no limit.",
+        "Latency of the network alone at most, in ms: in fp16 as a CUDA graph, on a CPU in its fastest form; "
+        "0 sets no limit.",
         panel=MEASUREMENT, ge=0,
     )  # fmt: skip
     iterations: int = setting(200, "Timed iterations on a GPU.", panel=MEASUREMENT, ge=20)
