@@ -338,11 +338,11 @@ def test_the_object(run: Any) -> None:
     assert done.code == 0
     figures = done.record["figures"]
     assert figures["size"] == [96, 64]
-    assert figures["network_ms"] == pytest.approx({"ours": 100, "punet-16": 400})
-    assert figures["whole_ms"] == pytest.approx({"ours": 150, "punet-16": 600})
+    assert figures["network_ms"] == pytest.approx({"ours": 100, "xs": 100, "punet-16": 400})
+    assert figures["whole_ms"] == pytest.approx({"ours": 150, "xs": 150, "punet-16": 600})
     assert figures["networks"]["punet-16"]["parameters"] == 5_725_199
-    assert figures["network_cost_ms"] == pytest.approx({"ours": 200, "punet-16": 800})
-    assert figures["whole_cost_ms"] == pytest.approx({"ours": 300, "punet-16": 1200})
+    assert figures["network_cost_ms"] == pytest.approx({"ours": 200, "xs": 200, "punet-16": 800})
+    assert figures["whole_cost_ms"] == pytest.approx({"ours": 300, "xs": 300, "punet-16": 1200})
     assert "ours, raw to display bytes, fp32, 1 thread" in figures["latency"]
     work = figures["networks"]["ours"]
     flops = 2 * 1536**3 / 0.1  # the product is faster than the convolution, per CPU second
@@ -401,8 +401,8 @@ def test_on_cuda_every_network_climbs_the_ladder(run: Any, monkeypatch: pytest.M
     (limit,) = record["budgets"]
     assert (limit["name"], limit["value"]) == ("latency, network alone, fp16, CUDA graph", 1.0)
     figures = record["figures"]
-    assert figures["network_ms"] == figures["network_cost_ms"] == {"ours": 1.0, "punet-16": 2.0}
-    assert figures["whole_ms"] == figures["whole_cost_ms"] == {"ours": 2.0, "punet-16": 4.0}
+    assert figures["network_ms"] == figures["network_cost_ms"] == {"ours": 1.0, "xs": 1.0, "punet-16": 2.0}
+    assert figures["whole_ms"] == figures["whole_cost_ms"] == {"ours": 2.0, "xs": 2.0, "punet-16": 4.0}
     assert figures["latency"]["ours"][latency.FORMS[-1].name] == {"failed": "no compiler"}
     assert figures["transfers_ms"]["from the device"] == 0.2
 
