@@ -30,6 +30,7 @@ SRGB_TO_XYZ = np.array([
 """Linear sRGB to CIE XYZ, D65 (IEC 61966-2-1)."""
 
 _PNG, _GREY = b"\x89PNG\r\n\x1a\n", 0
+_TIFF = (b"II*\0", b"MM\0*")
 _PHOTOS = (b"\xff\xd8", b"BM", b"RIFF")
 _OTHER = "give a Bayer RAW"
 _AGAIN = "copy the file again from its source"
@@ -63,7 +64,7 @@ class Mosaic:
         camera: Maker and model, "" where unknown.
         exif: What is known of the shot: "iso", "exposure" in seconds, "aperture", "focal" in mm, "time"
             as "2004:05:06 07:08:09".
-        warnings: What a user should know: levels guessed, balance missing.
+        warnings: What a user should know of levels and orientation, such as that they are guessed.
         name: What messages call it.
     """
 
@@ -175,8 +176,17 @@ def _of_file(path: Path, stated: Stated, name: str) -> Mosaic:
     first = raw.head(path, name)
     if first.startswith(_PNG):
         return _of_values(_png(path, name), stated, name)
-    other = stated.size and path.suffix.lower() not in raw.SUFFIXES
-    if other or not raw.has_header(first, path):
+    foreign = path.suffix.lower() not in raw.SUFFIXES
+    if (
+        foreign
+        and not stated.size
+        and not raw.has_signature(first)
+        and not first.startswith((*_TIFF, *_PHOTOS))
+    ):
+        raise ImgtoolError(
+            f"{name} is not a camera RAW", "give a RAW file, or --size of one without a header"
+        )
+    if (foreign and stated.size) or not raw.has_header(first, path):
         return _of_values(_headerless(path, stated.size, name), stated, name)
     if first.startswith(_PHOTOS):
         raise _photograph(name)
@@ -187,7 +197,6 @@ def _of_file(path: Path, stated: Stated, name: str) -> Mosaic:
 def _unpacked(facts: dict[str, Any], data: bytearray, name: str) -> Mosaic:
     values = np.frombuffer(data, np.uint16).reshape(facts.pop("shape"))
     colours = _matrices(facts.pop("own"), facts.pop("xyz"), facts.pop("is_dng"), facts.pop("shown"))
-    facts["warnings"] += _unknown(facts["gains"], facts["daylight"], colours)
     tuples = {key: tuple(value) for key, value in facts.items() if isinstance(value, list)}
     return Mosaic(values, **facts | tuples | colours, name=name)
 
@@ -215,15 +224,6 @@ def _inverse(numbers: Sequence[Sequence[float]], source: str) -> dict[str, Any]:
         "matrix_source": source,
         "xyz_to_camera": np.linalg.inv(SRGB_TO_XYZ @ matrix),
     }
-
-
-def _unknown(gains: object, daylight: object, colours: object) -> list[str]:
-    found = []
-    if gains is None:
-        found.append("the camera's white balance is unknown" + ("" if daylight else ", and daylight's"))
-    if not colours:
-        found.append("the camera's colour matrix is unknown")
-    return found
 
 
 def _photograph(name: str) -> ImgtoolError:
@@ -295,7 +295,7 @@ def _of_values(values: npt.NDArray[Any], stated: Stated, name: str) -> Mosaic:
         stated.pattern,
         (first, second, third, fourth),
         white,
-        warnings=(*warnings, *_unknown(None, None, None)),
+        warnings=tuple(warnings),
         name=name,
     )
 

@@ -88,7 +88,19 @@ def resumed(engine: Engine, settings: Train) -> Train:
             USAGE,
         )
     given = {name: getattr(settings, name) for name in settings.model_fields_set}
-    return make(type(settings), before | given, str(path))
+    found = make(type(settings), before | given, str(path))
+    _check_same_network(engine, make(type(settings), before, str(path)), found)
+    return found
+
+
+def _check_same_network(engine: Engine, begun: Train, wanted: Train) -> None:
+    """Refuse to go on with another network than the one that a run began with."""
+    for name in engine.model.model_fields:
+        value = getattr(begun, name)
+        if getattr(wanted, name) != value:
+            flag = f"--{name.replace('_', '-')}"
+            what = f"the run was begun with {flag} {value}, and goes on with that network alone"
+            raise ImgtoolError(what, f"leave out {flag}, or begin anew", USAGE)
 
 
 def plan(engine: Engine, settings: Train) -> Mapping[str, object]:
@@ -170,21 +182,13 @@ class Crew:
         return found
 
 
-@contextmanager
-def _differences_named(engine: Engine, settings: Train, weights: checkpoint.Weights) -> Iterator[None]:
-    """Where weights do not fit the network to train, say which of the settings that shape it differ."""
-    try:
-        yield
-    except ImgtoolError:
-        wanted = {name: getattr(settings, name) for name in engine.model.model_fields}
-        other = {name: weights.model.get(name, value) for name, value in wanted.items()}
-        flags = [
-            f"--{name.replace('_', '-')} {other[name]}" for name in wanted if other[name] != wanted[name]
-        ]
-        if not flags:
-            raise
-        what = f"the weights {weights.name} are of another network than the one to train"
-        raise ImgtoolError(what, f"they were trained with {' '.join(flags)}", USAGE) from None
+def _differing(engine: Engine, settings: Train, weights: checkpoint.Weights) -> str:
+    """Return the flags of weights that shape the network otherwise than these settings do, "" for none."""
+    wanted = {name: getattr(settings, name) for name in engine.model.model_fields}
+    other = {name: weights.model.get(name, value) for name, value in wanted.items()}
+    return " ".join(
+        f"--{name.replace('_', '-')} {other[name]}" for name in wanted if other[name] != wanted[name]
+    )
 
 
 class Loop:
@@ -228,8 +232,16 @@ class Loop:
             self.console.say(words)
         if self.settings.weights:
             weights = checkpoint.read_weights(checkpoint.find(self.settings.weights), self.engine.name)
-            with _differences_named(self.engine, self.settings, weights):
+            differing = _differing(self.engine, self.settings, weights)
+            try:
                 checkpoint.load_state(self.net, weights)
+            except ImgtoolError:
+                if not differing:
+                    raise
+                what = f"the weights {weights.name} are of another network than the one to train"
+                raise ImgtoolError(what, f"they were trained with {differing}", USAGE) from None
+            if differing:
+                self.console.warn(f"the weights {weights.name} were trained with {differing}")
 
     # --- state ---
 

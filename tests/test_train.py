@@ -977,3 +977,21 @@ def test_a_log_that_cannot_be_written_is_one_error(tmp_path: Path, monkeypatch: 
     with pytest.raises(ImgtoolError, match="no space left"):
         go(TOY, toy(tmp_path))
     assert (tmp_path / "log.jsonl").read_bytes() == b""
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_run_goes_on_with_its_own_network_alone(tmp_path: Path) -> None:
+    go(TOY, toy(tmp_path))
+    with pytest.raises(ImgtoolError, match=r"begun with --drop 0\.2") as caught:
+        go(TOY, toy(tmp_path, resume=tmp_path, drop=0.4, steps=20))
+    assert caught.value.code == USAGE
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_weights_that_fit_but_were_trained_otherwise_are_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    go(TOY, toy(tmp_path / "first"))
+    weights = tmp_path / "first" / "best.safetensors"
+    train.Loop(TOY, toy(tmp_path / "second", weights=str(weights), drop=0.4), tmp_path, Console())
+    assert "the weights best were trained with --drop 0.2" in capsys.readouterr().err

@@ -98,3 +98,11 @@ def test_structure_counts_late(photographs: Path) -> None:
     net = model.build(chosen)
     terms = [set(engine.loss(net, default_collate([train[n]]), chosen)) for n in (6, 7)]
     assert terms == [{"charbonnier"}, {"charbonnier", "ms-ssim"}]
+
+
+def test_raw_files_are_no_photographs(photographs: Path, tmp_path: Path) -> None:
+    for path in photographs.iterdir():
+        (tmp_path / path.with_suffix(".dng").name).write_bytes(b"II*\0")
+    with pytest.raises(ImgtoolError, match="fewer than two photographs") as caught:
+        data.load(settings(tmp_path))
+    assert "--raws" in caught.value.hint

@@ -173,8 +173,7 @@ def apply(net: nn.Module | None, frame: Mosaic, settings: Infer, watch: Watch) -
     if net is None:
         net = model.Demosaic(settings.demosaic).to(compute.device(settings.device))
     for warning in frame.warnings:
-        if _matters(warning, net, settings):
-            watch.say(warning)
+        watch.say(warning)
     told = _told(net, frame, settings, watch)
     photo, labels = images.Photo(np.empty((0, 0, 3), np.uint8)), ("before", "after")
     photo = replace(photo, exif=_exif(frame, watch.source), icc=metadata.srgb_profile(), format="raw")
@@ -197,15 +196,6 @@ def apply(net: nn.Module | None, frame: Mosaic, settings: Infer, watch: Watch) -
         if settings.compare:
             watch.say(f"PSNR between the photo and {name}: {_apart(before, image)}")
     return Result(image, facts, before=photo, labels=labels, line=_line(told))
-
-
-def _matters(warning: str, net: nn.Module, settings: Infer) -> bool:
-    """Tell whether a warning of the frame concerns how it is developed."""
-    if "colour matrix" in warning:
-        return bool(net.colour == "camera")
-    return "white balance" not in warning or (
-        net.colour == "camera" and settings.wb in ("camera", "daylight")
-    )
 
 
 def _line(told: Told) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from imgtool import samples
+from imgtool import files, samples
 from imgtool.engines.isp import bayer, libraw, pairs, unprocess
 from imgtool.engines.isp.sample import Drawn, Sample, Source
 from imgtool.errors import USAGE, ImgtoolError
@@ -182,10 +182,10 @@ Split = tuple[list[Source], list[Source]]
 
 
 def _of_photos(settings: Train, noise: tuple[float, float, float], decoded: Decoded) -> Split:
-    paths = list(distinct(settings.photos).values())
+    paths = [path for path in distinct(settings.photos).values() if path.suffix.lower() not in files.RAW]
     if len(paths) < 2:
         raise ImgtoolError(
-            "fewer than two photographs found", "name a folder of photographs by --photos", USAGE
+            "fewer than two photographs found", "name folders by --photos; of RAW files, by --raws", USAGE
         )
     kept, out = split(paths, lambda path: indexed_source(path) or path.stem)
     return [Photographs(kept, noise, decoded)], [Photographs(out, noise, decoded, fixed=True)]

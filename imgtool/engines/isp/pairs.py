@@ -594,7 +594,8 @@ def warning(settings: Train) -> str:
     bare = [path for path, each in seen.items() if not each.balanced]
     words = []
     if faults:
-        words.append(f"{len(faults)} of {len(seen)} RAW files cannot be used and are left out: {faults[0]}")
+        left = f"{len(faults)} of {len(seen)} RAW files cannot be used and are left out: {faults[0]}"
+        words.append(f"{left} (imgtool data inspect tells of each)")
     if noisy:
         words.append(
             f"{len(noisy)} of {len(seen)} RAW files were shot above ISO {SENSITIVE}, as {noisy[0]}: the "
