@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import TypeVar
 
 import cv2
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from imgtool.errors import USAGE, ImgtoolError
+
+T = TypeVar("T")
 
 
 def device(name: str) -> torch.device:
@@ -116,6 +119,44 @@ def torchvision() -> ModuleType:
     library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")  # type: ignore[no-untyped-call]
     _declared.append(library)
     return importlib.import_module("torchvision")
+
+
+def take_features(path: Path, into: Callable[[dict[str, Tensor]], T], network: str, otherwise: str) -> T:
+    """Hand on the features of a network of torchvision's: from its whole file, or one of less.
+
+    No code of the file is run.
+
+    Args:
+        path: File of weights.
+        into: Takes weights by their names below "features."; raises ``RuntimeError`` where they do not fit.
+        network: What messages call it.
+        otherwise: What else a user may do, for messages.
+
+    Returns:
+        What ``into`` returns.
+
+    Raises:
+        ImgtoolError: A file that is damaged or of another network.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as fault:  # noqa: BLE001 - torch raises whatever the unpickler met
+        what = f"{path} is no readable file of PyTorch weights ({type(fault).__name__})"
+        raise ImgtoolError(what, otherwise) from None
+    if not isinstance(state, Mapping) or not all(isinstance(each, Tensor) for each in state.values()):
+        raise ImgtoolError(f"{path} holds something else than the weights of a network", otherwise)
+    wanted = {
+        name.removeprefix("features."): value.float() if value.is_floating_point() else value
+        for name, value in state.items()
+        if not name.startswith("classifier.")
+    }
+    if not all(bool(value.isfinite().all()) for value in wanted.values()):
+        raise ImgtoolError(f"{path} is damaged: its weights are not finite", otherwise)
+    try:
+        return into(wanted)
+    except RuntimeError as fault:
+        first = (str(fault).splitlines()[1:] or [str(fault)])[0].strip()
+        raise ImgtoolError(f"{path} is not of {network}: {first[:160]}", otherwise) from None
 
 
 def download(url: str, folder: Path, otherwise: str) -> Path:

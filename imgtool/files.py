@@ -173,6 +173,25 @@ def atomic(target: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def as_file(source: Path | bytes, name: str) -> Iterator[Path]:
+    """Give a file of a source that may be the content of one, as standard input is.
+
+    Args:
+        source: The file, or its content.
+        name: Name of the temporary file that content is put into.
+    """
+    if isinstance(source, Path):
+        yield source
+        return
+    import tempfile  # not before it is needed: it is large
+
+    with tempfile.TemporaryDirectory(prefix="imgtool-") as folder:
+        path = Path(folder, name)
+        write(path, source)
+        yield path
+
+
 def json_lines(source: Path) -> list[dict[str, Any]]:
     """Read one JSON object a line; a line that a killed process left unfinished is left out."""
     found = []
@@ -275,6 +294,7 @@ def _without_own(items: list[Item], endings: Collection[str]) -> list[Item]:
     stems = {item.source.with_suffix("") for item in items if item.source}
 
     def own(item: Item) -> bool:
+        """Tell whether a file was made of another one that is there."""
         source = item.source
         if source is None or not item.folder:
             return False

@@ -77,7 +77,7 @@ class Flag:
 
     @property
     def metavar(self) -> str:
-        """The placeholder of its value, or its choices."""
+        """What help shows for its value: a placeholder such as TEXT, or the choices with bars between."""
         if self.argument:
             return self.name.upper()
         if get_origin(self.kind) is Literal:

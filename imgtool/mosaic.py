@@ -379,6 +379,7 @@ def _shown(file: rawpy.RawPy) -> list[list[float]] | None:
     import rawpy
 
     def rendered(space: rawpy.ColorSpace) -> npt.NDArray[np.float64]:
+        """Return ``(pixels, 3)`` linear values of 16 bits."""
         picture = file.postprocess(
             half_size=True,
             gamma=(1, 1),

@@ -255,7 +255,8 @@ def test_a_file_is_found_before_a_name(tmp_path: Path, monkeypatch: pytest.Monke
 def test_every_shipped_file_belongs_to_an_engine_and_loads() -> None:
     for name in checkpoint.shipped():
         engine = engines.load(name.partition("-")[0])
-        network(engine, read_weights(find(name), engine.name))
+        net = network(engine, read_weights(find(name), engine.name))
+        assert any(bool(parameter.abs().sum() > 0) for parameter in net.parameters())
 
 
 # --- states -----------------------------------------------------------------------------------

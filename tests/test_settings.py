@@ -120,8 +120,10 @@ def test_preset_without_a_table_for_the_command_changes_nothing(here: Path) -> N
 
 
 def test_every_preset_is_valid(here: Path) -> None:
-    for name in presets():
-        resolve(Train, "train", "deblur", {}, preset=name)
+    for name, tables in presets().items():
+        found = resolve(Train, "train", "deblur", {}, preset=name)
+        stated = tables.get("train", {}).get("deblur", {})
+        assert {key: getattr(found, key) for key in stated} == stated
 
 
 def test_home_is_expanded(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from imgtool import plots
 from imgtool.engine import Watch
-from imgtool.engines.awb import actions, reading, synthesis
+from imgtool.engines.awb import actions, reading, sets, synthesis
 from imgtool.engines.awb.settings import ACTIONS, Check, Stats, Synth
 from imgtool.errors import FAILED, USAGE, ImgtoolError
 
@@ -99,7 +99,7 @@ def test_every_action_of_the_settings_is_there() -> None:
 def test_what_synth_writes_is_a_data_set_without_faults(cards: Path) -> None:
     record = synth(4)
     assert (record["frames"], record["new"], record["faults"]) == (4, 4, [])
-    entries = reading.dataset(Path("out"), Check(folder=Path("out")))
+    entries = sets.dataset(Path("out"), Check(folder=Path("out")))
     assert [entry.path.name for entry in entries] == [f"{number:05d}.png" for number in range(4)]
     seen = 0
     for entry, row in zip(entries, table(), strict=True):

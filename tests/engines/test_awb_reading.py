@@ -23,7 +23,7 @@ import numpy.typing as npt
 import pytest
 import tifffile
 
-from imgtool.engines.awb import mosaic, reading
+from imgtool.engines.awb import mosaic, reading, sets
 from imgtool.engines.awb.settings import Bench, Model, Train
 from imgtool.engines.awb.stats import AwbStats
 from imgtool.errors import FAILED, USAGE, ImgtoolError
@@ -460,9 +460,9 @@ def test_the_original_s_network_sees_as_many_cells_as_its_input_has(tmp_path: Pa
     shape = {"arch": "deepawb", "height": 96, "width": 144}
     assert reading.cells_for(Model(**shape)) == 96 * 144
     assert reading.cells_for(Model()) == reading.cells_for(None) == 1536
-    [entry] = reading.dataset(tmp_path, Train(out=tmp_path, **shape))
+    [entry] = sets.dataset(tmp_path, Train(out=tmp_path, **shape))
     assert entry.read().coverage.shape == (96, 144)
-    [usual] = reading.dataset(tmp_path, PLAIN)
+    [usual] = sets.dataset(tmp_path, PLAIN)
     assert usual.read().coverage.shape == (32, 48)
 
 
@@ -540,13 +540,13 @@ def test_statistics_without_a_tuning_say_what_is_missing(tmp_path: Path) -> None
     fault = refused(path)
     assert "no tuning of the sensor imxtest" in fault.what
     assert "--tuning" in fault.hint
-    [entry] = reading.dataset(tmp_path / "pisp", PLAIN)
+    [entry] = sets.dataset(tmp_path / "pisp", PLAIN)
     assert "no tuning of the sensor imxtest" in entry.fault
     file = tuning(tmp_path / "elsewhere" / "imxtest.json")
     for given in (file, file.parent):
         assert reading.read(path, str(path), Bench(tuning=given)).truth is not None
         assert reading.read(path.read_bytes(), NAME, Bench(tuning=given)).truth is not None
-        assert not reading.dataset(tmp_path, Bench(tuning=given))[0].fault
+        assert not sets.dataset(tmp_path, Bench(tuning=given))[0].fault
 
 
 def test_a_tuning_names_the_camera_of_other_frames(tmp_path: Path) -> None:
@@ -565,7 +565,7 @@ def test_a_folder_of_statistics(tmp_path: Path, below: str) -> None:
     names = [NAME, NAME.replace("anna", "bert").replace("5200", "4000")]
     for name in names:
         put(tmp_path / "pisp" / name, rendered(np.full((32, 32, 3), 0.2)))
-    entries = reading.dataset(tmp_path / below, PLAIN)
+    entries = sets.dataset(tmp_path / below, PLAIN)
     assert [(entry.path.name, entry.group, entry.fault) for entry in entries] == [
         (names[0], "anna", ""),
         (names[1], "bert", ""),
@@ -591,13 +591,13 @@ def test_simple_cube_in_both_headings(tmp_path: Path, heading: str, suffix: str)
     for part, name in (("train", "00_0011"), ("test", "00_0712")):
         put(tmp_path / part / "PNG" / f"{name}.png", cube())
         table(tmp_path / part / "gt.csv", heading, [f"{name}{suffix},{row}"])
-    entries = reading.dataset(tmp_path, PLAIN)
+    entries = sets.dataset(tmp_path, PLAIN)
     assert [(entry.part, entry.fault, entry.group) for entry in entries] == [
         ("train", "", "00_00"),
         ("test", "", "00_07"),
     ]
     assert entries[0].truth == pytest.approx((0.4, 0.6))
-    [alone] = reading.dataset(tmp_path / "train", PLAIN)
+    [alone] = sets.dataset(tmp_path / "train", PLAIN)
     found = pickle.loads(pickle.dumps(alone)).read()
     assert found.truth == pytest.approx((0.4, 0.6))
     assert (found.black, found.group) == (2048, "00_00")
@@ -610,7 +610,7 @@ def test_cube_rows_of_several_lights_are_left_out(tmp_path: Path) -> None:
     table(tmp_path / "properties.csv", "image,EXIF:Model", ["00_0002,Canon EOS 550D"])
     for name in ("00_0001", "00_0002"):
         put(tmp_path / "PNG" / f"{name}.png", cube())
-    [entry] = reading.dataset(tmp_path, PLAIN)
+    [entry] = sets.dataset(tmp_path, PLAIN)
     assert (entry.path.stem, entry.fault) == ("00_0002", "")
     assert entry.read().camera.name == "Canon EOS 550D"
 
@@ -631,7 +631,7 @@ def test_every_fault_of_a_table_is_told(tmp_path: Path) -> None:
         "e,-1,2,nan",
     ]
     table(tmp_path / "gt.csv", "image,r,g,b", rows)
-    entries = reading.dataset(tmp_path, PLAIN)
+    entries = sets.dataset(tmp_path, PLAIN)
     assert [(entry.path.stem, entry.fault.partition(": ")[2] or entry.fault) for entry in entries] == [
         ("a", ""),
         ("a", ""),
@@ -663,7 +663,7 @@ def test_every_fault_of_a_table_is_told(tmp_path: Path) -> None:
 def test_tables_that_cannot_be_used(tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / "gt.csv").write_bytes(text.encode("latin-1"))
     with pytest.raises(ImgtoolError, match=words) as caught:
-        reading.dataset(tmp_path, PLAIN)
+        sets.dataset(tmp_path, PLAIN)
     assert "gt.csv" in caught.value.what
     assert caught.value.hint
 
@@ -671,7 +671,7 @@ def test_tables_that_cannot_be_used(tmp_path: Path, text: str, words: str) -> No
 def test_folders_that_are_no_data_set(tmp_path: Path) -> None:
     for folder, words in ((tmp_path, "no data set with known white"), (tmp_path / "none", "no such folder")):
         with pytest.raises(ImgtoolError, match=words) as caught:
-            reading.dataset(folder, PLAIN)
+            sets.dataset(folder, PLAIN)
         assert caught.value.code == USAGE
 
 
@@ -685,7 +685,7 @@ def test_relit_frames_know_their_imagined_cameras(tmp_path: Path) -> None:
     (tmp_path / "levels.json").write_text('{"black": 1024, "white": 16383}')
     camera = {"ct_curve": CURVE, "xyz_to_camera": list(dng.SRGB_CAMERA)}
     (tmp_path / "cameras.json").write_text(json.dumps({"cam-1": camera}))
-    [entry] = reading.dataset(tmp_path, PLAIN)
+    [entry] = sets.dataset(tmp_path, PLAIN)
     found = entry.read()
     assert (found.group, found.lux, found.camera.name, found.camera.known) == ("photo-3", 800, "cam-1", True)
     np.testing.assert_array_equal(found.camera.locus.ct, CURVE[::3])
@@ -694,7 +694,7 @@ def test_relit_frames_know_their_imagined_cameras(tmp_path: Path) -> None:
     assert found.truth == pytest.approx((0.55, 0.7))
     (tmp_path / "cameras.json").write_text('{"cam-1": {"ct_curve": "warm"}}')
     with pytest.raises(ImgtoolError, match=r"cameras\.json does not describe cameras"):
-        reading.dataset(tmp_path, PLAIN)
+        sets.dataset(tmp_path, PLAIN)
 
 
 def test_photos_and_raw_files_with_a_table(tmp_path: Path) -> None:
@@ -702,7 +702,7 @@ def test_photos_and_raw_files_with_a_table(tmp_path: Path) -> None:
     dng.write(tmp_path / "two.dng", dng.mosaic(counts(card())))
     put(tmp_path / "two.jpg", np.full((60, 90, 3), (90, 130, 100), np.uint8))  # the RAW file's preview
     table(tmp_path / "gt.csv", "image,r,g,b,camera", ["one.jpg,0.9,1,1.1,Phone", "two,0.5,1,0.7,Other"])
-    entries = reading.dataset(tmp_path, PLAIN)
+    entries = sets.dataset(tmp_path, PLAIN)
     assert [(entry.path.name, entry.fault) for entry in entries] == [("one.jpg", ""), ("two.dng", "")]
     photo, raw = (entry.read() for entry in entries)
     assert (photo.domain, raw.domain) == ("srgb", "raw")

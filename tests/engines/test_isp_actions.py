@@ -17,7 +17,7 @@ import rawpy
 import tifffile
 
 from imgtool import cli, dng, images
-from imgtool.engines.isp import actions, pairs, unprocess
+from imgtool.engines.isp import actions, layouts, unprocess
 from imgtool.images import Photo
 from imgtool.mosaic import PATTERNS, Mosaic
 
@@ -243,7 +243,7 @@ def test_pairs_are_known_by_the_photograph_that_their_photo_is_a_view_of(data: R
     Path("views/index.tsv").write_text("file\tfrom\na.png\tlake.jpg\n")
     assert data("synth", "isp", "views", "-o", "out", "--shot", "0").code == 0
     assert [(row["photo"], row["file"]) for row in rows("out")] == [("lake.jpg", "a.png"), ("b", "b.png")]
-    assert [each.facts.source for each in pairs.files_of(Path("out"))] == ["lake.jpg", "b"]
+    assert [each.facts.source for each in layouts.files_of(Path("out"))] == ["lake.jpg", "b"]
 
 
 def test_photos_are_shrunk_by_averaging(data: Run) -> None:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pytest
 
 from imgtool.engine import Watch
-from imgtool.engines.isp import check, pairs
+from imgtool.engines.isp import check, layouts
 from imgtool.engines.isp.settings import Check, Stats
 from imgtool.errors import USAGE, ImgtoolError
 from imgtool.mosaic import PATTERNS, Mosaic
@@ -219,7 +219,7 @@ def test_plots_do_not_go_among_the_pairs(tmp_path: Path, out: str) -> None:
     with pytest.raises(ImgtoolError, match="holds the pairs") as refused:
         check.stats(Stats(folder=tmp_path, out=tmp_path / out), Watch())
     assert refused.value.code == USAGE
-    assert len(pairs.files_of(tmp_path)) == 1
+    assert len(layouts.files_of(tmp_path)) == 1
 
 
 def test_a_folder_of_which_nothing_can_be_read_has_no_plots(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pytest
 
 from imgtool import mosaic, raw
-from imgtool.engines.isp import data, pairs
+from imgtool.engines.isp import data, layouts, pairs
 from imgtool.engines.isp.settings import Train
 from imgtool.errors import USAGE, ImgtoolError
 from imgtool.mosaic import PATTERNS, Mosaic
@@ -110,7 +110,7 @@ def test_a_turned_crop_of_a_whole_frame_is_mirrored_by_one_pixel() -> None:
 @pytest.mark.parametrize("corner", [(0, 0), (0, 1), (1, 0), (3, 5)])
 def test_a_part_keeps_the_colours_and_the_black_of_its_pixels(pattern: str, corner: tuple[int, int]) -> None:
     frame = frame_of(photograph(), pattern).mosaic
-    part = pairs.within(frame, (*corner, 9, 11))
+    part = layouts.within(frame, (*corner, 9, 11))
     assert part.values.shape == (9, 11)
     for row, column in ((0, 0), (0, 1), (1, 0), (1, 1)):
         place = 2 * ((row + corner[0]) % 2) + (column + corner[1]) % 2
@@ -126,7 +126,7 @@ def test_the_folders_of_the_challenge_are_found_at_any_depth(tmp_path: Path) -> 
     mai21(tmp_path / "raw_images", "train", 2)
     mai21(tmp_path / "raw_images", "val", 1)
     mai21(tmp_path / "raw_images", "test", 1, photos=False)
-    found = pairs.files_of(tmp_path)
+    found = layouts.files_of(tmp_path)
     assert [(each.facts.split, each.raw.name, each.rgb is not None) for each in found] == [
         ("test", "0.png", False), ("train", "0.png", True), ("train", "1.png", True), ("val", "0.png", True),
     ]  # fmt: skip
@@ -137,7 +137,7 @@ def test_zurichs_unaligned_photographs_are_left_out(tmp_path: Path) -> None:
     for split in ("train", "test", "full_resolution"):
         put(tmp_path / split / "huawei_raw" / "7.png", np.full((8, 8), 100, np.uint16))
         put(tmp_path / split / "canon" / "7.jpg", photograph(8, 8))
-    found = pairs.files_of(tmp_path)
+    found = layouts.files_of(tmp_path)
     assert [(each.facts.split, each.facts.layout.name) for each in found] == [
         ("test", "zurich"), ("train", "zurich"),
     ]  # fmt: skip
@@ -151,7 +151,7 @@ def test_the_list_says_noise_and_source_of_frames_that_were_made(tmp_path: Path)
         put(tmp_path / "rgb" / f"{name}.png", photograph(4, 4))
     rows = [{"name": "lake-shot0.01", "photo": "a lake", "shot": 0.01, "read": 2e-5, "gains": [4, 2, 3]}]
     (tmp_path / "samples.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    first, second = pairs.files_of(tmp_path)
+    first, second = layouts.files_of(tmp_path)
     assert (first.facts.noise, first.facts.source) == (None, "lake-shot0.001")
     assert (second.facts.noise, second.facts.source) == ((0.01, 2e-5), "a lake")
     assert (first.facts.gains, second.facts.gains) == (None, (2.0, 1.0, 1.5))
@@ -161,7 +161,7 @@ def test_the_list_says_noise_and_source_of_frames_that_were_made(tmp_path: Path)
 @pytest.mark.parametrize("folder", ["", "nowhere"])
 def test_a_folder_without_pairs_is_refused(tmp_path: Path, folder: str) -> None:
     with pytest.raises(ImgtoolError) as refused:
-        pairs.files_of(tmp_path / folder)
+        layouts.files_of(tmp_path / folder)
     assert refused.value.code == USAGE
 
 
@@ -172,7 +172,7 @@ def test_the_levels_of_the_challenges_are_those_of_their_sensors(tmp_path: Path)
     mai21(tmp_path, "train", 1)
     put(tmp_path / "z" / "train" / "huawei_raw" / "7.png", np.full((8, 8), 100, np.uint16))
     put(tmp_path / "z" / "train" / "canon" / "7.jpg", photograph(8, 8))
-    frames = [pairs.read_pair(each)[0] for each in pairs.files_of(tmp_path)]
+    frames = [layouts.read_pair(each)[0] for each in layouts.files_of(tmp_path)]
     assert [(frame.pattern, frame.black, frame.white) for frame in frames] == [
         ("RGGB", BLACK, 1023), ("RGGB", (63,) * 4, 1023),
     ]  # fmt: skip
@@ -182,7 +182,7 @@ def test_sixteen_bits_of_a_photograph_are_kept(tmp_path: Path) -> None:
     photo = photograph().astype(np.uint16) * 257
     put(tmp_path / "raw" / "a.png", dng.mosaic(photo) >> 4)
     put(tmp_path / "rgb" / "a.png", photo)
-    _, target = pairs.read_pair(pairs.files_of(tmp_path)[0])
+    _, target = layouts.read_pair(layouts.files_of(tmp_path)[0])
     np.testing.assert_array_equal(target, photo)
 
 
@@ -194,7 +194,7 @@ def test_a_photograph_of_the_cameras_crop_is_laid_upon_its_pixels(
     put(tmp_path / "rgb" / "a.png", whole.target[3:15, 5:21])
     cropped = Mosaic(whole.mosaic.values, "GRBG", whole.mosaic.black, 1000.0, crop=(3, 5, 12, 16))
     monkeypatch.setattr("imgtool.mosaic.read", lambda path, *stated: cropped)
-    frame, target = pairs.read_pair(pairs.files_of(tmp_path)[0])
+    frame, target = layouts.read_pair(layouts.files_of(tmp_path)[0])
     assert target is not None
     np.testing.assert_array_equal(frame.values, whole.mosaic.values[3:15, 5:21])
     square, same = pairs.cut(pairs.Frame(frame, target), 8, pairs.Turn(), np.random.default_rng(0))
@@ -209,7 +209,7 @@ def test_photographs_of_another_size_are_refused_with_both_paths(
     first = put(tmp_path / "raw" / "a.png", frame_of(photograph()).mosaic.values)
     second = put(tmp_path / "rgb" / "a.png", photograph(*size))
     with pytest.raises(ImgtoolError, match="sizes differ") as refused:
-        pairs.read_pair(pairs.files_of(tmp_path)[0])
+        layouts.read_pair(layouts.files_of(tmp_path)[0])
     assert str(first) in refused.value.what
     assert str(second) in refused.value.what
     assert ("turned" in refused.value.hint) == (size == (26, 20))

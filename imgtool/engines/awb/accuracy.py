@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from imgtool import files
 from imgtool.engine import Budget, Table
-from imgtool.engines.awb import angles, apply, classical, data, reading
+from imgtool.engines.awb import angles, apply, classical, data, sets
 from imgtool.engines.awb.settings import Infer
 from imgtool.errors import USAGE, ImgtoolError
 from imgtool.settings import did_you_mean
@@ -107,7 +107,7 @@ def of_camera(stats: AwbStats) -> White | None:
 
 
 def run(
-    net: Net, entries: Sequence[reading.Entry], methods: Sequence[str], settings: Bench, lab: Any
+    net: Net, entries: Sequence[sets.Entry], methods: Sequence[str], settings: Bench, lab: Any
 ) -> dict[str, Any]:
     """Measure every method on every frame, and write the report where the settings name one.
 
@@ -143,20 +143,20 @@ def run(
     return told
 
 
-def _as_seen(net: Net, settings: Bench) -> Sequence[reading.Entry] | None:
+def _as_seen(net: Net, settings: Bench) -> Sequence[sets.Entry] | None:
     """Return the entries as fine as the original's network sees them; None for others."""
     if net.shape.arch != "deepawb" or settings.data is None:
         return None
     sources: Any = SimpleNamespace(**settings.model_dump() | net.shape.model_dump())
-    return reading.dataset(settings.data, sources)
+    return sets.dataset(settings.data, sources)
 
 
 def measure(
     net: Net,
-    entries: Sequence[reading.Entry],
+    entries: Sequence[sets.Entry],
     methods: Sequence[str],
     lab: Any,
-    fine: Sequence[reading.Entry] | None = None,
+    fine: Sequence[sets.Entry] | None = None,
 ) -> tuple[list[Row], int]:
     """Measure every method on every frame.
 
@@ -364,7 +364,7 @@ def _part_table(parts: Mapping[str, Any], heading: str, methods: Sequence[str]) 
 # --- the report ---------------------------------------------------------------------------------------
 
 
-def write(rows: Sequence[Row], entries: Sequence[reading.Entry], folder: Path) -> None:
+def write(rows: Sequence[Row], entries: Sequence[sets.Entry], folder: Path) -> None:
     """Write ``errors.csv``, ``errors.png`` (means), ``distribution.png`` and ``worst.png`` into a folder."""
     from imgtool import plots
 
@@ -388,7 +388,7 @@ def write(rows: Sequence[Row], entries: Sequence[reading.Entry], folder: Path) -
     _contact_sheet(worst, {entry.name: entry for entry in entries}, folder / "worst.png")
 
 
-def _contact_sheet(worst: Sequence[Row], entries: Mapping[str, reading.Entry], path: Path) -> None:
+def _contact_sheet(worst: Sequence[Row], entries: Mapping[str, sets.Entry], path: Path) -> None:
     from imgtool import sheets
 
     seen = [entries[row.name].read() for row in worst]

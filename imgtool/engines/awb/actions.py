@@ -22,9 +22,9 @@ import numpy.typing as npt
 
 from imgtool import files, plots, sheets
 from imgtool.engine import Watch
-from imgtool.engines.awb import angles, reading, synthesis, tuning
+from imgtool.engines.awb import angles, reading, sets, synthesis, tuning
 from imgtool.engines.awb.camera import Camera, Locus
-from imgtool.engines.awb.reading import Entry
+from imgtool.engines.awb.sets import Entry
 from imgtool.engines.awb.stats import AwbStats
 from imgtool.engines.awb.synthesis import BLACK, WHITE, Frame, Relit
 from imgtool.errors import USAGE, ImgtoolError
@@ -205,10 +205,10 @@ def _curve(linear: Array) -> Array:
 def check(settings: Check, watch: Watch) -> Mapping[str, object]:
     """Read every frame of a data set and list every fault.
 
-    Faults are what ``reading.dataset`` finds, frames that cannot be read or have no usable cell, files
+    Faults are what ``sets.dataset`` finds, frames that cannot be read or have no usable cell, files
     with the same content, and white points that no sensor sees or that are far from their camera's curve.
     """
-    entries = reading.dataset(settings.folder, settings)
+    entries = sets.dataset(settings.folder, settings)
     faults, content = [entry.fault for entry in entries if entry.fault], _Same()
     cameras: Counter[str] = Counter()
     groups: Counter[str] = Counter()
@@ -288,7 +288,7 @@ def stats(settings: Stats, watch: Watch) -> Mapping[str, object]:
         ImgtoolError: Code 2: no data set, or the output would lie among its frames. Code 1: no frame
             that can be read.
     """
-    entries = [entry for entry in reading.dataset(settings.folder, settings) if not entry.fault]
+    entries = [entry for entry in sets.dataset(settings.folder, settings) if not entry.fault]
     out = settings.out or settings.folder / "stats"
     if out.resolve() in {settings.folder.resolve(), *(entry.path.resolve().parent for entry in entries)}:
         raise ImgtoolError(f"{out} holds the frames", "name another folder by -o", USAGE)

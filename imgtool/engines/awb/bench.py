@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from imgtool import runtime
 from imgtool.engine import Budget, Report, Table
-from imgtool.engines.awb import accuracy, angles, convert, estimate, reading, worker
+from imgtool.engines.awb import accuracy, angles, convert, estimate, sets, worker
 from imgtool.engines.awb.settings import Model
 from imgtool.engines.awb.stats import AwbStats, of_linear
 from imgtool.errors import USAGE, ImgtoolError
@@ -81,7 +81,7 @@ def run(settings: Bench, lab: Any) -> Report:
     runtimes, methods = _runtimes(settings.runtimes), accuracy.wanted(settings)
     if settings.threads != 1:
         lab.watch.say("the awb engine is measured on one thread, whatever --threads says")
-    entries = reading.dataset(settings.data, settings) if settings.data else []
+    entries = sets.dataset(settings.data, settings) if settings.data else []
     with tempfile.TemporaryDirectory(prefix="imgtool-") as name:
         folder = Path(name)
         ours = staged(lab.weights.name, lab.path, runtimes, settings.frames, folder)
@@ -282,7 +282,7 @@ def _tags(high: int, wide: int) -> list[tuple[int, int, int, bytes]]:
 # --- agreement ----------------------------------------------------------------------------------------
 
 
-def parity(subjects: Sequence[Subject], entries: Sequence[reading.Entry] = ()) -> dict[str, float]:
+def parity(subjects: Sequence[Subject], entries: Sequence[sets.Entry] = ()) -> dict[str, float]:
     """Return, by runtime, the largest angle in degrees between its gains and those of NumPy.
 
     Args:
@@ -303,7 +303,7 @@ def parity(subjects: Sequence[Subject], entries: Sequence[reading.Entry] = ()) -
     }
 
 
-def _some(entries: Sequence[reading.Entry]) -> list[AwbStats]:
+def _some(entries: Sequence[sets.Entry]) -> list[AwbStats]:
     """Return frames under different lights, and some of the data."""
     rng = np.random.default_rng(3)
     found = []

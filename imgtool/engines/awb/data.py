@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from imgtool import samples
-from imgtool.engines.awb import features, reading, synthesis
+from imgtool.engines.awb import features, sets, synthesis
 from imgtool.engines.awb.camera import GENERIC
 from imgtool.engines.awb.features import Points, Space
 from imgtool.engines.awb.network import Sample
@@ -252,7 +252,7 @@ def frames(settings: Train) -> list[AwbStats]:
     """
     found = []
     for folder in settings.data:
-        for entry in reading.dataset(folder, settings):
+        for entry in sets.dataset(folder, settings):
             if entry.part == "test":
                 continue
             if entry.fault:

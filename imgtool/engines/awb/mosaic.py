@@ -38,7 +38,6 @@ Floats = npt.NDArray[np.float64]
 SAMPLES = 8
 """Super-pixels of 2x2 that a side of a cell has, where the frame is large enough."""
 
-tiff_tags, DNG_VERSION, SUBFILE_TYPE = tags.read, tags.DNG_VERSION, tags.SUBFILE_TYPE
 _MATRICES, _CALIBRATIONS, _LIGHTS = (50721, 50722), (50723, 50724), (50778, 50779)
 _BALANCE = 50727
 _KELVIN: Mapping[float, float] = {

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import struct
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +34,6 @@ SMALL = 640
 _KEPT = 0.001
 _HIGHLIGHT = (0.8, 1.0)
 _STRIP = 1 << 20
-_MADE = struct.pack(">6H", 2024, 1, 1, 0, 0, 0)
 
 
 def linear(values: Array) -> Array:
@@ -204,10 +199,12 @@ def _shrunk(pixels: Array) -> Array:
 
 
 def _rendered(photo: Photo) -> Scene:
+    from imgtool.images.metadata import srgb_profile
+
     little = _shrunk(photo.pixels)
     deep = photo.pixels.dtype == np.uint16
     return Scene(
-        replace(photo, icc=_profile()) if deep and photo.icc is None else photo,
+        replace(photo, icc=srgb_profile()) if deep and photo.icc is None else photo,
         lambda white: correct(photo.pixels, white),
         lambda white: correct(little, white),
         (1.0, 1.0),
@@ -227,6 +224,8 @@ def _neutral(stats: AwbStats) -> tuple[White, str]:
 
 
 def _linear(stats: AwbStats, photo: Photo, levels: tuple[float, float], dtype: npt.DTypeLike) -> Scene:
+    from imgtool.images.metadata import srgb_profile
+
     wanted = np.dtype(dtype)
 
     def made(frame: Array, white: White) -> Pixels:
@@ -235,7 +234,9 @@ def _linear(stats: AwbStats, photo: Photo, levels: tuple[float, float], dtype: n
         return convert(develop(frame, stats, white, *levels), wanted)
 
     little = _shrunk(photo.pixels)
-    bare = replace(photo, pixels=photo.pixels[:0], icc=_profile())  # linear numbers show nothing to people
+    bare = replace(
+        photo, pixels=photo.pixels[:0], icc=srgb_profile()
+    )  # linear numbers show nothing to people
     return Scene(
         bare, lambda white: made(photo.pixels, white), lambda white: made(little, white), *_neutral(stats)
     )
@@ -246,15 +247,13 @@ def _raw(stats: AwbStats, source: Path | bytes) -> Scene:
     from imgtool.images import Photo, metadata, to_float
 
     neutral, words = _neutral(stats)
-    # Maker notes of RAW files hold offsets into the file and are large.
-    data = files.read(source) if isinstance(source, Path) else source
-    exif = metadata.exif_of_tiff(data, leave_out=(metadata.MAKER_NOTE,))
+    exif = metadata.exif_of_raw(files.read(source) if isinstance(source, Path) else source)
     none = np.empty((0, 0, 3), np.uint16)
-    photo = Photo(none, exif=metadata.upright(exif) if exif else None, icc=_profile(), format="raw")
+    photo = Photo(none, exif=exif, icc=metadata.srgb_profile(), format="raw")
     kept: list[Array] = []
 
     def picture(white: White) -> Pixels:
-        with _file(source) as path:
+        with files.as_file(source, "input.dng") as path:
             return raw.render(path, list(gains_of(white)))
 
     def small(white: White) -> Pixels:
@@ -265,27 +264,6 @@ def _raw(stats: AwbStats, source: Path | bytes) -> Scene:
         return develop(kept[0], stats, white, 0.0, 1.0)
 
     return Scene(photo, picture, small, neutral, words)
-
-
-@lru_cache(maxsize=1)
-def _profile() -> bytes:
-    """Return an ICC profile of sRGB: it tells a 16-bit PNG of ours from one of a camera's raw numbers."""
-    from PIL import ImageCms
-
-    made = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    return made[:24] + _MADE + made[36:]
-
-
-@contextmanager
-def _file(source: Path | bytes) -> Iterator[Path]:
-    """Give a file of a source that may be the content of one."""
-    if isinstance(source, Path):
-        yield source
-        return
-    with tempfile.TemporaryDirectory(prefix="imgtool-") as folder:
-        path = Path(folder, "input.dng")
-        files.write(path, source)
-        yield path
 
 
 def methods_sheet(view: Scene, whites: Mapping[str, White], title: str, truth: White | None = None) -> bytes:

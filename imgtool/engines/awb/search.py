@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from imgtool import files
-from imgtool.engines.awb import measure, network, reading
+from imgtool.engines.awb import measure, network, sets
 from imgtool.engines.awb.measure import Cost, Structure
 from imgtool.engines.awb.settings import Train
 from imgtool.errors import USAGE, ImgtoolError
@@ -239,7 +239,7 @@ def run(settings: Train, crew: Crew) -> Mapping[str, Any]:
     if importlib.util.find_spec("ax") is None:
         raise ImgtoolError("--search needs Ax", "pip install 'imgtool[search]'", USAGE)
     for folder in settings.data:
-        if any(entry.part == "test" for entry in reading.dataset(folder, settings)):
+        if any(entry.part == "test" for entry in sets.dataset(folder, settings)):
             what = f"{folder} holds test data, by which nothing may be chosen"
             raise ImgtoolError(what, f"give its training part: --data {folder / 'train'}", USAGE)
     search = Search(settings, crew, _gauge(settings))

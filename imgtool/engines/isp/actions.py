@@ -24,7 +24,7 @@ import torch
 from imgtool import dng, files, images, mosaic, raw, samples, sheets
 from imgtool.engine import Watch
 from imgtool.engines.isp import bayer, check, colour, noise, unprocess
-from imgtool.engines.isp.pairs import LIST, MADE, balance
+from imgtool.engines.isp.layouts import LIST, MADE, balance
 from imgtool.engines.isp.unprocess import Recipe
 from imgtool.errors import USAGE, ImgtoolError
 from imgtool.mosaic import Mosaic
@@ -344,12 +344,9 @@ def _framed(photo: Picture, recipe: Recipe, pattern: str, rng: np.random.Generat
     shot, read = unprocess.expected(recipe)
     neutral = 1 / np.asarray(recipe.gains)
     from_srgb = np.linalg.inv(recipe.matrix)
-    frame = Mosaic(
-        values[cuts[0], cuts[1]],
-        pattern,
-        black=(recipe.black,) * 4,
-        white=recipe.white,
-        gains=recipe.gains,
+    frame = replace(
+        unprocess.as_mosaic(values[cuts[0], cuts[1]], recipe),
+        pattern=pattern,
         xyz_to_camera=neutral[:, None] * from_srgb @ np.linalg.inv(colour.SRGB_TO_XYZ),
         noise=(max(shot, NO_SHOT), read),
         camera="imgtool synthetic",
@@ -421,6 +418,7 @@ def render(settings: Render, watch: Watch) -> Mapping[str, object]:
     }
 
     def make(name: str) -> Callable[[], None]:
+        """Render one file; return what keeps it."""
         path = sources[name]
         frame = mosaic.read(path)
         shape, gains = frame.values.shape, balance(frame)

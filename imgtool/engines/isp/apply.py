@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -108,18 +106,6 @@ def opened(source: Path | bytes, name: str, settings: Infer, net: nn.Module | No
     black = mosaic.blacks(settings.black)
     stated = mosaic.Stated(settings.size, settings.pattern, settings.bits, black, settings.white)
     return mosaic.read(source, stated, name)
-
-
-@contextmanager
-def _file(source: Path | bytes) -> Iterator[Path]:
-    """Give a file of a source that may be the content of one."""
-    if isinstance(source, Path):
-        yield source
-        return
-    with tempfile.TemporaryDirectory(prefix="imgtool-") as folder:
-        path = Path(folder, "input.dng")
-        files.write(path, source)
-        yield path
 
 
 @dataclass(frozen=True)
@@ -343,7 +329,7 @@ def _before(frame: Mosaic, told: Told, settings: Infer, watch: Watch) -> tuple[P
     try:
         if watch.source is None:
             raise ImgtoolError("no file is there", "")
-        with _file(watch.source) as path:
+        with files.as_file(watch.source, "input.dng") as path:
             lying = _exposed(raw.render(path, told.gains, demosaic="ahd", upright=False), settings.ev)
     except ImgtoolError:
         watch.say("LibRaw does not render this file: it is shown beside Malvar's demosaicing")

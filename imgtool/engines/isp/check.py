@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from imgtool import files, images, plots
 from imgtool.engine import Watch
-from imgtool.engines.isp import bayer, pairs
+from imgtool.engines.isp import bayer, layouts
 from imgtool.errors import USAGE, ImgtoolError
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def green(frame: Mosaic) -> npt.NDArray[np.float32]:
     return found
 
 
-def shift(frame: Mosaic, target: pairs.Picture) -> tuple[float, float] | None:
+def shift(frame: Mosaic, target: layouts.Picture) -> tuple[float, float] | None:
     """Return by how many pixels a photograph lies right of and below its mosaic.
 
     Phase correlation (Kuglin and Hines, 1975) of the greens in the middle of the pair.
@@ -87,7 +87,7 @@ def shift(frame: Mosaic, target: pairs.Picture) -> tuple[float, float] | None:
     """
     height, width = (min(side, WINDOW) for side in frame.values.shape)
     top, left = ((side - part) // 2 for side, part in zip(frame.values.shape, (height, width), strict=True))
-    middle = pairs.within(frame, (top, left, height, width))
+    middle = layouts.within(frame, (top, left, height, width))
     first = np.sqrt(np.clip(green(middle), 0, 1))
     second = images.to_float(target[top : top + height, left : left + width, 1])
     if min(first.std(), second.std()) < 1e-3:
@@ -137,22 +137,22 @@ class _Findings:
     faults: list[str] = field(default_factory=list)
     counts: dict[str, Counter[str]] = field(default_factory=dict)
     sizes: Counter[str] = field(default_factory=Counter)
-    layouts: Counter[str] = field(default_factory=Counter)
+    kinds: Counter[str] = field(default_factory=Counter)
     cameras: Counter[str] = field(default_factory=Counter)
     seen: dict[bytes, tuple[str, Path]] = field(default_factory=dict)
     duplicates: int = 0
     stated: list[Levels] = field(default_factory=list)
     shifts: list[tuple[float, float]] = field(default_factory=list)
 
-    def take(self, each: pairs.Files, measured: bool) -> None:
+    def take(self, each: layouts.Files, measured: bool) -> None:
         """Look at one pair."""
         count = self.counts.setdefault(each.facts.split or "pairs", Counter(mosaics=0, pairs=0, usable=0))
         count["mosaics"] += 1
         count["pairs"] += each.rgb is not None
-        self.layouts[each.facts.layout.name] += 1
+        self.kinds[each.facts.layout.name] += 1
         try:
             self._unique(each)
-            frame, target = pairs.read_pair(each)
+            frame, target = layouts.read_pair(each)
         except ImgtoolError as fault:
             self.faults.append(fault.what)
             return
@@ -164,7 +164,7 @@ class _Findings:
         found = shift(frame, target) if measured and target is not None else None
         self.shifts += [found] if found else []
 
-    def _unique(self, each: pairs.Files) -> None:
+    def _unique(self, each: layouts.Files) -> None:
         digest = hashlib.sha256(files.read(each.raw)).digest()
         split, path = self.seen.setdefault(digest, (each.facts.split, each.raw))
         if path == each.raw:
@@ -209,7 +209,7 @@ def check(settings: Check, watch: Watch) -> Mapping[str, object]:
     Raises:
         ImgtoolError: Code 2: no such folder, or no pairs in it.
     """
-    found = pairs.groups(settings.folder)
+    found = layouts.groups(settings.folder)
     every = [each for group in found for each in group.files()]
     findings = _Findings([f"{path}: no partner" for group in found for path in group.lonely()])
     measured = set(_evenly(range(len(every)), ALIGNED))
@@ -218,7 +218,7 @@ def check(settings: Check, watch: Watch) -> Mapping[str, object]:
         watch.done(number + 1, len(every))
     return {
         "folder": str(settings.folder),
-        "layouts": dict(findings.layouts),
+        "layouts": dict(findings.kinds),
         "splits": {name: dict(count) for name, count in findings.counts.items()},
         "sizes": dict(findings.sizes.most_common(10)),
         "cameras": dict(findings.cameras.most_common(10)),
@@ -280,7 +280,7 @@ class _Drawn:
     noise: list[tuple[float, float]] = field(default_factory=list)
     shifts: list[tuple[float, float]] = field(default_factory=list)
 
-    def take(self, frame: Mosaic, target: pairs.Picture | None) -> None:
+    def take(self, frame: Mosaic, target: layouts.Picture | None) -> None:
         """Add one pair."""
         rows, columns = bayer.aligned_size(frame)
         packed = bayer.pack(bayer.window(frame, (0, rows), (0, columns)))
@@ -291,7 +291,7 @@ class _Drawn:
         if target is not None:
             self._beside(frame, packed, target)
 
-    def _beside(self, frame: Mosaic, packed: npt.NDArray[np.float32], target: pairs.Picture) -> None:
+    def _beside(self, frame: Mosaic, packed: npt.NDArray[np.float32], target: layouts.Picture) -> None:
         photo = images.to_float(target).reshape(-1, 3).mean(0)
         self.brightness.append(float(photo.mean()))
         red, right, below, blue = (float(plane.mean()) for plane in packed)
@@ -324,7 +324,7 @@ def stats(settings: Stats, watch: Watch) -> Mapping[str, object]:
         ImgtoolError: Code 2: no such folder, no pairs in it, or the output would lie among them. Code 1: none
             of them can be read.
     """
-    every = pairs.files_of(settings.folder)
+    every = layouts.files_of(settings.folder)
     out = settings.out or settings.folder / "stats"
     taken = {path.resolve().parent for each in every for path in each[:2] if path}
     if out.resolve() in {settings.folder.resolve(), *taken}:
@@ -333,7 +333,7 @@ def stats(settings: Stats, watch: Watch) -> Mapping[str, object]:
     chosen = _evenly(every, DRAWN)
     for number, each in enumerate(chosen, 1):
         try:
-            drawn.take(*pairs.read_pair(each))
+            drawn.take(*layouts.read_pair(each))
         except ImgtoolError as fault:
             faults.append(fault.what)
         watch.done(number, len(chosen))

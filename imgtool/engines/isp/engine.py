@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from imgtool import losses, metrics
 from imgtool.engine import Engine, Terms, Watch
 from imgtool.engines.isp import actions, apply, bench, data, libraw, model, pairs, perceptual, unprocess
+from imgtool.engines.isp.layouts import of_another_camera
 from imgtool.engines.isp.sample import Sample
 from imgtool.engines.isp.settings import Infer, Model
 from imgtool.errors import USAGE, ImgtoolError
@@ -83,7 +84,7 @@ def _check(settings: Train) -> None:
 
 def begin(net: nn.Module, settings: Train) -> str:
     """Return what a user should know before a training; the network stays as it is."""
-    foreign = [folder for folder in settings.data if pairs.of_another_camera(folder)]
+    foreign = [folder for folder in settings.data if of_another_camera(folder)]
     words = [pairs.warning(settings)]
     if foreign and settings.colour == "camera":
         what = f"the photographs of {foreign[0]} come from another camera than its RAW files"
@@ -132,17 +133,7 @@ def specimen(height: int, width: int, seed: int) -> Mosaic:
     rng = np.random.default_rng(seed)
     recipe = unprocess.draw(rng)
     values = rng.integers(recipe.black, recipe.white, (height, width), np.uint16)
-    black = float(recipe.black)
-    return Mosaic(
-        values,
-        black=(black, black, black, black),
-        white=float(recipe.white),
-        gains=recipe.gains,
-        matrix=recipe.matrix,
-        matrix_source="file",
-        noise=unprocess.expected(recipe),
-        name="a frame of random pixels",
-    )
+    return unprocess.as_mosaic(values, recipe, "a frame of random pixels")
 
 
 def baseline(mosaic: Mosaic) -> Pixels:

@@ -119,23 +119,4 @@ def read(path: Path) -> Features:
     Raises:
         ImgtoolError: A file that is damaged or of another network.
     """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as fault:  # noqa: BLE001 - torch raises whatever the unpickler met
-        raise ImgtoolError(
-            f"{path} is no readable file of PyTorch weights ({type(fault).__name__})", _TAKE
-        ) from None
-    if not isinstance(state, Mapping) or not all(isinstance(each, Tensor) for each in state.values()):
-        raise ImgtoolError(f"{path} holds something else than the weights of a network", _TAKE)
-    wanted = {
-        name.removeprefix("features."): value.float()
-        for name, value in state.items()
-        if not name.startswith("classifier.")
-    }
-    if not all(bool(value.isfinite().all()) for value in wanted.values()):
-        raise ImgtoolError(f"{path} is damaged: its weights are not finite", _TAKE)
-    try:
-        return Features(wanted)
-    except RuntimeError as fault:
-        first = (str(fault).splitlines()[1:] or [str(fault)])[0].strip()
-        raise ImgtoolError(f"{path} is not of VGG-19: {first[:160]}", _TAKE) from None
+    return compute.take_features(path, Features, "VGG-19", _TAKE)

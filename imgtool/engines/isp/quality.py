@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from imgtool import files, images, metrics, plots, samples, sheets, views
 from imgtool.engine import Budget, Engine, Table, Watch
-from imgtool.engines.isp import colour, libraw, pairs, unprocess
+from imgtool.engines.isp import colour, layouts, libraw, unprocess
 from imgtool.engines.isp.settings import Infer
 from imgtool.errors import USAGE, ImgtoolError
 from imgtool.mosaic import Mosaic
@@ -83,18 +83,7 @@ def recipe(shot: float) -> unprocess.Recipe:
 
 def mosaic(values: npt.NDArray[np.uint16], made: unprocess.Recipe, name: str = "") -> Mosaic:
     """Return the frame of raw integers that were made by ``recipe``; it tells its noise."""
-    black = float(made.black)
-    return Mosaic(
-        values,
-        black=(black, black, black, black),
-        white=float(made.white),
-        gains=made.gains,
-        matrix=made.matrix,
-        matrix_source="file",
-        xyz_to_camera=unprocess.xyz_to_camera(CAMERA),
-        noise=unprocess.expected(made),
-        name=name,
-    )
+    return replace(unprocess.as_mosaic(values, made, name), xyz_to_camera=unprocess.xyz_to_camera(CAMERA))
 
 
 def developed(net: nn.Module | None, engine: Engine, frame: Mosaic) -> Picture:
@@ -379,7 +368,7 @@ def on_pairs(net: nn.Module, engine: Engine, settings: Bench, lab: Any) -> Part:
     return Part(told, [], [_pair_table(whole, groups)])
 
 
-def _pairs(folder: Path, lab: Any) -> list[pairs.Files]:
+def _pairs(folder: Path, lab: Any) -> list[layouts.Files]:
     """Return the pairs of the val and test splits, else all that the weights were not trained on."""
     found = _whole_pairs(folder)
     apart = [each for each in found if each.facts.split in ("val", "test")]
@@ -391,16 +380,16 @@ def _pairs(folder: Path, lab: Any) -> list[pairs.Files]:
     return kept
 
 
-def _whole_pairs(folder: Path) -> list[pairs.Files]:
-    found = [each for each in pairs.files_of(folder) if each.rgb]
+def _whole_pairs(folder: Path) -> list[layouts.Files]:
+    found = [each for each in layouts.files_of(folder) if each.rgb]
     if not found:
-        raise ImgtoolError(f"no mosaic in {folder} has a photograph", pairs.LISTED, USAGE)
+        raise ImgtoolError(f"no mosaic in {folder} has a photograph", layouts.LISTED, USAGE)
     return found
 
 
-def _frame_of(each: pairs.Files) -> tuple[Mosaic, Picture]:
+def _frame_of(each: layouts.Files) -> tuple[Mosaic, Picture]:
     """Return a pair's frame, as it is trained on, and its photograph in 8 bits."""
-    frame, target = pairs.read_pair(each)
+    frame, target = layouts.read_pair(each)
     assert target is not None
     gains = frame.gains or frame.daylight or (1.0, 1.0, 1.0)
     known = replace(frame, gains=gains, noise=each.facts.noise or frame.noise)

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 
 from imgtool.engines.isp import bayer, colour
+from imgtool.mosaic import Mosaic
 
 Floats = npt.NDArray[np.float64]
 Picture = npt.NDArray[np.uint8]
@@ -184,6 +185,21 @@ def noisy(
     levels = np.rint(recipe.black + values * np.float32(recipe.white - recipe.black))
     rounded: npt.NDArray[np.uint16] = np.clip(levels, 0, recipe.white).astype(np.uint16)
     return rounded
+
+
+def as_mosaic(values: npt.NDArray[np.uint16], recipe: Recipe, name: str = "") -> Mosaic:
+    """Return ``(H, W)`` of ``frame`` as a mosaic that tells its levels, balance, matrix and noise."""
+    black = float(recipe.black)
+    return Mosaic(
+        values,
+        black=(black, black, black, black),
+        white=float(recipe.white),
+        gains=recipe.gains,
+        matrix=recipe.matrix,
+        matrix_source="file",
+        noise=expected(recipe),
+        name=name,
+    )
 
 
 def unit(values: npt.NDArray[np.uint16], black: Sequence[float] | float, white: float) -> npt.NDArray[Any]:

@@ -11,7 +11,6 @@ k1 and k2 are linear functions: k1 and k2 themselves are too much alike to be to
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -292,23 +291,7 @@ def fill(net: ImageEstimator, path: Path) -> None:
     Raises:
         ImgtoolError: A file that is damaged or of another network.
     """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as fault:  # noqa: BLE001 - torch raises whatever the unpickler met
-        raise ImgtoolError(
-            f"{path} is no readable file of PyTorch weights ({type(fault).__name__})", _TAKE
-        ) from None
-    if not isinstance(state, Mapping) or not all(isinstance(each, Tensor) for each in state.values()):
-        raise ImgtoolError(f"{path} holds something else than the weights of a network", _TAKE)
-    of_network = {name: value for name, value in state.items() if not name.startswith("classifier.")}
-    features = {name.removeprefix("features."): value for name, value in of_network.items()}
-    if not all(bool(value.isfinite().all()) for value in features.values()):
-        raise ImgtoolError(f"{path} is damaged: its weights are not finite", _TAKE)
-    try:
-        net.features.load_state_dict(features)
-    except RuntimeError as fault:
-        first = (str(fault).splitlines()[1:] or [str(fault)])[0].strip()
-        raise ImgtoolError(f"{path} is not of EfficientNet-B0: {first[:160]}", _TAKE) from None
+    compute.take_features(path, net.features.load_state_dict, "EfficientNet-B0", _TAKE)
 
 
 _TAKE = "give torchvision's efficientnet_b0 file, or take --backbone none"

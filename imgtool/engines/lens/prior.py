@@ -35,11 +35,13 @@ class _Student:
     above: float
 
     def draw(self, rng: np.random.Generator, count: int) -> Floats:
+        """Draw ``(count,)`` values."""
         size = np.abs(rng.standard_t(self.freedom, count))
         is_below = rng.random(count) < self.below / (self.below + self.above)
         return self.mode + size * np.where(is_below, -self.below, self.above)
 
     def log_density(self, values: Floats) -> Floats:
+        """Return the logarithm of the density at values, any shape."""
         away = values - self.mode
         scaled = away / np.where(away < 0, self.below, self.above)
         half = (self.freedom + 1) / 2

@@ -76,6 +76,7 @@ def _straightening(model: BrownConrady, zoom: float, width: int, height: int) ->
 
     @np.errstate(over="ignore", invalid="ignore")
     def place(block: Block) -> tuple[Floats, Floats]:
+        """Return columns and rows to look up, in pixels, for each pixel of a block."""
         across = _axis(block.left, block.right, width, unit, zoom, model.cx)[None]
         down = _axis(block.top, block.bottom, height, unit, zoom, model.cy)[:, None]
         found_x, found_y = np.empty((2, down.size, across.size), np.float32)
@@ -108,6 +109,7 @@ def _distorting(model: BrownConrady, zoom: float, width: int, height: int) -> Pl
 
     @np.errstate(over="ignore", invalid="ignore")
     def place(block: Block) -> tuple[Floats, Floats]:
+        """Return columns and rows to look up, in pixels, for each pixel of a block."""
         across = _axis(block.left, block.right, width, unit, 1.0, 0.0)[None]
         down = _axis(block.top, block.bottom, height, unit, 1.0, 0.0)[:, None]
         found_x, found_y = np.empty((2, down.size, across.size), np.float32)
