@@ -379,3 +379,18 @@ def test_a_frame_of_one_value_is_damaged(tmp_path: Path) -> None:
     path = dng.write(tmp_path / "a.dng", np.full((40, 60), 700, np.uint16))
     with pytest.raises(ImgtoolError, match=r"every pixel is 700"):
         mosaic.read(path)
+
+
+def test_a_matrix_that_libraw_does_not_tell_is_found_from_its_rendering() -> None:
+    linear = np.random.default_rng(0).uniform(2000, 20_000, (40, 50, 3))
+    matrix = np.array([[1.8, -0.3, -0.5], [-0.4, 1.8, -0.4], [-0.7, -1.4, 3.1]])
+
+    class File:
+        def postprocess(self, *, output_color: Any, **how: Any) -> Any:
+            import rawpy
+
+            mixed = linear if output_color == rawpy.ColorSpace.raw else linear @ matrix.T
+            return np.clip(np.rint(mixed), 0, 65535).astype(np.uint16)
+
+    found = mosaic._shown(File())  # type: ignore[arg-type]
+    assert np.array(found) == pytest.approx(matrix, abs=1e-3)

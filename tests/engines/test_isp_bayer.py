@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from imgtool.engines.isp import bayer
 from imgtool.errors import ImgtoolError
@@ -58,3 +59,14 @@ def test_a_part_is_a_part_of_the_whole(pattern: str) -> None:
 def test_a_single_row_is_refused() -> None:
     with pytest.raises(ImgtoolError, match="less than one of each colour"):
         bayer.aligned_size(Mosaic(np.zeros((1, 8), np.uint16)))
+
+
+def test_noise_below_black_is_that_of_black() -> None:
+    fed = bayer.prepare(torch.full((1, 4, 1, 1), -0.01), torch.ones(1, 3), torch.tensor([[1e-2, 1e-6]]))
+    assert fed[0, 4:].flatten().tolist() == pytest.approx([1e-3] * 4)
+
+
+def test_the_row_after_the_last_of_an_odd_number_is_a_mirrored_one() -> None:
+    values = np.arange(20, dtype=np.uint16).reshape(5, 4)
+    found = bayer.window(Mosaic(values, white=1.0), (0, 6), (0, 4))
+    assert np.array_equal(found, values[[0, 1, 2, 3, 4, 3]])

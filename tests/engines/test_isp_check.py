@@ -227,3 +227,9 @@ def test_a_folder_of_which_nothing_can_be_read_has_no_plots(tmp_path: Path) -> N
     (tmp_path / "train" / "mediatek_raw" / "0.png").write_bytes(b"nothing")
     with pytest.raises(ImgtoolError, match="can be read"):
         check.stats(Stats(folder=tmp_path), Watch())
+
+
+def test_pictures_that_have_nothing_in_common_have_no_shift() -> None:
+    rng = np.random.default_rng(0)
+    frame = Mosaic(rng.integers(0, 4096, (128, 128)).astype(np.uint16), white=4095.0)
+    assert check.shift(frame, rng.integers(0, 256, (128, 128, 3)).astype(np.uint8)) is None

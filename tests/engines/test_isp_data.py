@@ -11,9 +11,12 @@ import torch
 from torch.utils.data import default_collate
 
 from imgtool import metrics
-from imgtool.engines.isp import data, engine, model
+from imgtool.engines.isp import bayer, colour, data, engine, model, unprocess
+from imgtool.engines.isp.sample import Drawn
 from imgtool.engines.isp.settings import Model, Train
 from imgtool.errors import USAGE, ImgtoolError
+
+G2 = colour.camera_to_srgb(unprocess.xyz_to_camera("Canon PowerShot G2"))
 
 
 def settings(folder: Path, **values: Any) -> Train:
@@ -106,3 +109,68 @@ def test_raw_files_are_no_photographs(photographs: Path, tmp_path: Path) -> None
     with pytest.raises(ImgtoolError, match="fewer than two photographs") as caught:
         data.load(settings(tmp_path))
     assert "--raws" in caught.value.hint
+
+
+@pytest.mark.parametrize("fixed", [True, False])
+def test_only_held_out_frames_are_exactly_known(fixed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = unprocess.Recipe((1.9, 1.0, 1.6), G2, 1e-3, 1e-5, exposure=2.0)
+    seen, blacks = [], set()
+    monkeypatch.setattr(unprocess, "draw", lambda *_: recipe)
+    frame, unit = unprocess.frame, unprocess.unit
+    monkeypatch.setattr(
+        unprocess, "frame", lambda rgb, made, rng: (seen.append(made), frame(rgb, made, rng))[1]
+    )
+    monkeypatch.setattr(unprocess, "unit", lambda *given: (blacks.add(float(given[1])), unit(*given))[1])
+    photo = np.full((64, 64, 3), 90, np.uint8)
+    source = data.Photographs([Path("x")], (1e-4, 1e-3, 0.0), lambda path: photo, fixed)  # type: ignore[arg-type]
+    for seed in range(20):
+        drawn = source.draw(0, np.random.default_rng(seed), 32)
+        assert (drawn.noise == pytest.approx(unprocess.expected(seen[-1]))) == fixed
+        assert (seen[-1].exposure == 1) == fixed
+    assert (blacks == {256.0}) == fixed
+    assert max(abs(black - 256) for black in blacks) <= 0.3
+
+
+def test_the_frame_that_libraw_gets_is_the_one_that_the_network_gets() -> None:
+    packed = np.linspace(-0.04, 1, 256, dtype=np.float32).reshape(4, 8, 8)
+    drawn = Drawn(packed, (1.9, 1.0, 1.6), G2, (0.0, 0.0), np.zeros((3, 16, 16), np.uint8))
+    found = bayer.pack(bayer.window(data._frame(drawn), (0, 16), (0, 16)))
+    assert np.abs(found - packed).max() < 1e-5
+
+
+def test_most_crops_are_shrunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes, square = [], data._square
+    monkeypatch.setattr(
+        data, "_square", lambda photo, size, rng: (sizes.append(size), square(photo, size, rng))[1]
+    )
+    photo = np.zeros((300, 300, 3), np.uint8)
+    source = data.Photographs([Path("x")], (1e-4, 1e-3, 0.0), lambda path: photo)  # type: ignore[arg-type]
+    for seed in range(200):
+        source.draw(0, np.random.default_rng(seed), 48)
+    shrunk = [size / 48 for size in sizes if size != 48]
+    assert 0.75 < len(shrunk) / 200 < 0.95
+    assert 1.24 < min(shrunk) < 1.4
+    assert 2.3 < max(shrunk) <= 2.51
+
+
+@pytest.mark.parametrize("loss", ["charbonnier", "relative-mse"])
+def test_edges_count_neither_in_losses_nor_in_scores(loss: str, photographs: Path) -> None:
+    chosen = Train(photos=(photographs,), crop=48, batch=1, held_out=2, loss=loss)
+    batch = default_collate([data.load(chosen)[1][0]])
+    other = batch.target.clone()
+    other[..., :8, :], other[..., -8:, :], other[..., :8], other[..., -8:] = 0, 255, 255, 0
+    changed = batch._replace(target=other)
+    net = model.build(chosen).requires_grad_(False)
+    one, two = (engine.loss(net, each, chosen) for each in (batch, changed))
+    assert {key: float(value) for key, value in one.items()} == {
+        key: float(value) for key, value in two.items()
+    }
+    assert float(engine.score(net, batch)["psnr"]) == float(engine.score(net, changed)["psnr"])
+
+
+def test_libraws_score_is_against_the_truth(photographs: Path) -> None:
+    _, held_out = data.load(settings(photographs))
+    batch = default_collate([held_out[0]])
+    with torch.inference_mode():
+        found = engine.score(model.build(Model()).eval(), batch._replace(rival=batch.target))
+    assert float(found["libraw"]) == pytest.approx(100)

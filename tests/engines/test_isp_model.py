@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -153,3 +155,32 @@ def test_exposure_is_in_stops() -> None:
     fed = torch.full((1, 8, 4, 4), 0.1)
     brighter = model.photo(net, fed, torch.eye(3), ev=1.0)[0, 0, 4, 4]
     assert float(brighter) == pytest.approx(float(colour.encode(torch.tensor(0.2))), abs=1e-6)
+
+
+def test_exposure_of_learned_colours_is_in_stops_of_light() -> None:
+    net = model.build(Model(size="xs", colour="learned")).eval()
+    fed = torch.full((1, 8, 4, 4), 0.2)
+    with torch.inference_mode():
+        as_it_is, brighter = (model.photo(net, fed, torch.eye(3), ev) for ev in (0.0, 1.0))
+    assert torch.allclose(colour.decode(brighter), 2 * colour.decode(as_it_is), atol=1e-5)
+
+
+def test_noise_is_told_in_the_order_of_the_planes() -> None:
+    net = SimpleNamespace(packing="mai21", scaling="levels")
+    planes = torch.tensor([0.1, 0.2, 0.3, 0.4]).reshape(1, 4, 1, 1)
+    fed = model.feed(net, planes, torch.ones(1, 3), torch.tensor([[1.0, 0.0]])).flatten()  # type: ignore[arg-type]
+    assert torch.allclose(fed[4:], fed[:4].sqrt())
+
+
+def test_colours_are_computed_in_full_precision_whatever_the_network_is() -> None:
+    rgb, matrix = torch.rand(1, 3, 8, 8), torch.tensor([[1.5, -0.4, -0.1], [0, 1.4, -0.4], [0, -0.4, 1.4]])
+
+    class Fixed(nn.Module):
+        colour = "camera"
+
+        def forward(self, fed: torch.Tensor) -> torch.Tensor:
+            return rgb
+
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model.photo(Fixed(), torch.rand(1, 8, 8, 8), matrix)
+    assert torch.equal(found, colour.render(rgb, matrix))

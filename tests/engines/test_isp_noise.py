@@ -88,3 +88,12 @@ def test_black_and_white_frames_do_no_harm() -> None:
         shot, read = noise.estimate(Mosaic(values, "RGGB", (64.0,) * 4, 4095.0))
         assert shot == 0
         assert read == 1 / (12 * (4095 - 64) ** 2)
+
+
+def test_texture_at_some_brightnesses_lifts_nothing() -> None:
+    """Half of the points in the bright half are five times what the noise is."""
+    means = np.linspace(0.05, 0.9, 24)
+    variances = 1e-3 * means + 1e-6
+    variances[12::2] *= 5
+    shot, _ = noise._line(np.stack([means, variances, np.full(24, 100.0)], 1), 1e-9)
+    assert shot < 1.3e-3

@@ -189,3 +189,21 @@ def test_the_gradient_of_ssim_passes_the_clamp() -> None:
     losses.ssim_loss(beyond, target).backward()
     assert beyond.grad is not None
     assert beyond.grad.abs().max() > 0
+
+
+def test_pictures_are_normalised_and_seen_in_full_precision() -> None:
+    convolutions = {
+        f"{n}": layer for n, layer in enumerate(perceptual._layers()) if isinstance(layer, nn.Conv2d)
+    }
+    plain = {
+        f"{n}.{part}": torch.zeros_like(getattr(layer, part))
+        for n, layer in convolutions.items()
+        for part in ("weight", "bias")
+    }
+    net, seen = perceptual.Features(plain), []
+    net.layers.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    image = (torch.tensor(perceptual.MEAN) + torch.tensor(perceptual.DEVIATION)).reshape(1, 3, 1, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = net(image.expand(1, 3, 16, 16))
+    assert torch.allclose(seen[0], torch.ones(1, 3, 16, 16), atol=1e-5)
+    assert found.dtype == torch.float32

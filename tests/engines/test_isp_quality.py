@@ -254,3 +254,10 @@ def test_quality_on_pairs() -> None:
         Path("pairs/samples.jsonl").write_text("\n".join(renamed) + "\n")
         with pytest.raises(ImgtoolError, match="trained on all of these pairs"):
             quality.on_pairs(NET, ENGINE, settings, lab({"trained_on": names}))
+
+
+def test_libraw_is_given_the_whole_frame_as_it_lies() -> None:
+    values = np.random.default_rng(0).integers(300, 4000, (64, 80)).astype(np.uint16)
+    frame = replace(quality.mosaic(values, quality.recipe(0)), crop=(8, 8, 40, 48), flip=6)
+    assert libraw.plain(frame).crop is None
+    assert libraw.of_mosaic(frame)["AHD"].shape == (64, 80, 3)

@@ -99,3 +99,16 @@ def test_recipes_are_drawn_over_the_whole_range() -> None:
 def test_mosaic_keeps_each_places_colour() -> None:
     planes = np.stack([np.full((4, 4), value, np.float32) for value in (1, 2, 3)], 2)
     assert bayer.pack(unprocess.mosaic_of(planes))[:, 0, 0].tolist() == [1, 2, 2, 3]
+
+
+def test_whole_numbers_are_the_nearest() -> None:
+    recipe = replace(RECIPE, bits=10, black=64)
+    ramp = np.linspace(0.1, 0.9, 100_000, dtype=np.float32).reshape(100, 1000)
+    error = unprocess.noisy(ramp, recipe, rng()).astype(float) - 64 - ramp * (1023 - 64)
+    assert abs(error.mean()) < 0.02
+
+
+def test_a_colour_that_clips_in_part_clips_in_the_truth_too() -> None:
+    recipe = replace(RECIPE, exposure=4.0)
+    values, truth = unprocess.frame(np.full((16, 16, 3), (250, 90, 60), np.uint8), recipe, rng())
+    assert np.abs(developed(values, recipe) - truth)[2:-2, 2:-2].max() < 2.5
