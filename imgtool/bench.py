@@ -37,7 +37,7 @@ PAGE = "bench.json"
 
 def plan(engine: Engine, settings: Bench) -> Mapping[str, object]:
     """Return what ``--dry-run`` tells."""
-    weights = checkpoint.find(settings.weights or engine.weights)
+    weights = checkpoint.find(engine.chosen(settings), engine.name)
     return {"weights": str(weights), "threads": settings.threads, "runs": settings.runs}
 
 
@@ -131,7 +131,7 @@ class Lab:
     def __init__(self, engine: Engine, settings: Bench, console: Console) -> None:
         """Read the weights, so that a wrong name fails before anything is timed."""
         self.engine, self.settings, self.console = engine, settings, console
-        self.path = checkpoint.find(settings.weights or engine.weights)
+        self.path = checkpoint.find(engine.chosen(settings), engine.name)
         self.weights = checkpoint.read_weights(self.path, engine.name)
         self.watch = Watch(say=console.say)
 

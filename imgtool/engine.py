@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,8 +43,9 @@ def later(module: str, name: str) -> Callable[..., Any]:
 class Examples(Protocol):
     """A data set: ``len`` is one epoch, and item i is the same for every i >= 0, always.
 
-    Training asks for items beyond ``len`` (number = step x batch + position), so the data order
-    is a function of the step and a resumed run needs no state of the data set.
+    Training asks for items beyond ``len``: step after step takes the numbers that follow (with one
+    stage, number = step x batch + position), so the data order is a function of the step and a resumed
+    run needs no state of the data set.
     """
 
     def __len__(self) -> int:
@@ -61,6 +63,8 @@ class TileFacts:
 
     Attributes:
         multiple: Sizes and tile origins must be multiples of this many pixels.
+        block: Cores of tiles are cut at multiples of this many pixels: what is computed in blocks of one size
+            is then the same whatever the tiles are.
         local: True where an output pixel depends only on input pixels near it; a network with
             statistics of the whole image is not local and is never cut.
         halo: Context in pixels that a tile carries on each side and throws away.
@@ -74,6 +78,7 @@ class TileFacts:
     """
 
     multiple: int = 1
+    block: int = 1
     local: bool = True
     halo: int = 0
     border: int = 0
@@ -81,13 +86,19 @@ class TileFacts:
     reason: str = ""
     largest: int = 1024
 
+    @property
+    def grid(self) -> int:
+        """Pixels that cores of tiles are multiples of."""
+        return math.lcm(self.multiple, self.block)
+
 
 @dataclass(frozen=True)
 class Result:
     """What ``Engine.apply`` gives back.
 
     Attributes:
-        image: ``(H, W, 3)`` RGB in the input's own data type; None where no picture was wanted.
+        image: ``(H, W, 3)`` RGB, or ``(H, W)`` grey, in the input's own data type; None where no picture
+            was wanted.
             Where it is the very array of the photo, the photo is left as it is: where the format
             stays the same, the output is a copy of the input's bytes.
         facts: The engine's part of the JSON contract.
@@ -99,7 +110,8 @@ class Result:
         xmp: Properties in Adobe's namespace ``metadata.AUX`` that the output's XMP is to state.
         before: The photo before, where what was opened is no photo: its metadata are the output's, and
             where ``Watch.before`` asks for it, its pixels are shown beside the image.
-        labels: What a sheet calls the pictures before and after.
+        labels: What a sheet calls the pictures before and after, and the reference where there is one.
+        reference: A picture of the image's size that a sheet shows beside it.
         line: The result in a line for people, "" where the picture is all.
     """
 
@@ -110,7 +122,8 @@ class Result:
     row: Mapping[str, object] = field(default_factory=dict)
     xmp: Mapping[str, str] = field(default_factory=dict)
     before: Photo | None = None
-    labels: tuple[str, str] = ("before", "after")
+    labels: tuple[str, ...] = ("before", "after")
+    reference: Pixels | None = None
     line: str = ""
 
     @property
@@ -138,6 +151,8 @@ class Watch:
         beside: Suffix to path of the files beside that are wanted; None where all are, named by ``place``.
         picture: Whether the picture is wanted, and not only the facts.
         before: Whether the picture before is wanted too.
+        overwrite: Whether the photo's pixels are not needed afterwards: its memory may take the result, of
+            which ``Result.image`` is then a view (``tiles.canvas`` gives one), not the very array.
         consult: ``(engine, source, **settings) -> facts``: what another engine finds with its own weights in
             this photo, or in the content of a file that ``source`` is; None is this photo.
     """
@@ -150,6 +165,7 @@ class Watch:
     beside: Mapping[str, Path] | None = None
     picture: bool = True
     before: bool = False
+    overwrite: bool = False
     consult: Callable[..., Mapping[str, Any]] = _nobody
 
 
@@ -270,6 +286,8 @@ class Engine:
         higher_is_better: Its direction.
         scale: Output size over input size.
         weights: Name of the shipped weights used by default.
+        choose: ``(settings of infer or bench) -> name`` of the shipped weights used where none are named;
+            "" is ``weights``. ``chosen`` is how to ask.
         baseline: The classical method that ``bench`` compares with.
         begin: ``(net, settings) -> words``: fill a new network before a fresh run, as with weights
             learnt elsewhere; ``build`` never does. What it returns is said to the user, "" is not.
@@ -288,6 +306,12 @@ class Engine:
             ``wants_campaign(settings)``: cross-validation, search. It can be interrupted and resumed:
             ``crew.train`` does not repeat what has ended.
         wants_campaign: Whether the settings ask for it.
+        stages: ``(settings) -> [(steps, batch), ...]``: parts of a run one after another, with their samples
+            per step; their steps add up to ``settings.steps``. ``samples.stage_of`` tells a data set the
+            stage of a sample number. Patience counts in the last stage alone.
+        enough: ``(rows, settings) -> words``: asked after each epoch with the rows of ``log.jsonl`` so far
+            (what is not finite is None there), and where a run is resumed. Words end the run and are said
+            to the user, "" does not.
         prepare: ``(weights file, settings) -> net``, for an engine that needs no torch to infer: what it
             returns is handed to ``apply``. Without it, that is the torch network.
         uses_weights: Whether the settings of ``infer`` need weights; where not, ``apply`` gets no network.
@@ -333,6 +357,8 @@ class Engine:
     describe: Callable[[Any], Mapping[str, Any]] = lambda examples: {}
     campaign: Callable[[Any, Crew], Mapping[str, Any]] | None = None
     wants_campaign: Callable[[Any], bool] = lambda settings: False
+    stages: Callable[[Any], Sequence[tuple[int, int]]] = lambda settings: ((settings.steps, settings.batch),)
+    enough: Callable[[Sequence[Mapping[str, Any]], Any], str] = lambda rows, settings: ""
     prepare: Callable[[Path, Any], object] | None = None
     uses_weights: Callable[[Any], bool] = lambda settings: True
     open: Callable[[Path | bytes, str, Any, Any], object] | None = None
@@ -343,3 +369,8 @@ class Engine:
     sheets: tuple[str, ...] = ()
     drawn: Callable[[Path], bool] = lambda path: False
     unfit: Callable[[str, Path], str] = lambda suffix, path: ""
+    choose: Callable[[Any], str] = lambda settings: ""
+
+    def chosen(self, settings: Any) -> str:
+        """Return the name of the weights for settings of ``infer`` or ``bench``: named, chosen or default."""
+        return settings.weights or self.choose(settings) or self.weights

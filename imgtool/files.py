@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from imgtool.errors import FAILED, USAGE, ImgtoolError
 
@@ -209,6 +209,16 @@ def write(target: Path, data: bytes) -> None:
     """Write a file whole or not at all; see ``atomic`` for the errors."""
     with atomic(target) as temporary, temporary.open("wb") as file:
         file.write(data)
+
+
+def fill(target: Path, write_to: Callable[[BinaryIO], object]) -> None:
+    """Write a file whole or not at all through a function of it, open for writing and reading.
+
+    Raises:
+        ImgtoolError: As ``atomic``.
+    """
+    with atomic(target) as temporary, temporary.open("w+b") as file:
+        write_to(file)
 
 
 def check_new(path: Path, force: bool) -> None:

@@ -40,8 +40,12 @@ def shipped() -> list[str]:
     return sorted(path.stem for path in SHIPPED.glob("*.safetensors"))
 
 
-def find(name: str) -> Path:
+def find(name: str, engine: str = "") -> Path:
     """Return the path of a weights file: a file as it is named, or the name of shipped weights.
+
+    Args:
+        name: The path, or the name; "sobel_3" does for "filter-sobel_3".
+        engine: Where given, names of its shipped weights may leave it out.
 
     Raises:
         ImgtoolError: Code 2, where there is neither.
@@ -49,8 +53,9 @@ def find(name: str) -> Path:
     path = Path(name).expanduser()
     if path.is_file():
         return path
-    if (SHIPPED / f"{name}.safetensors").is_file():
-        return SHIPPED / f"{name}.safetensors"
+    for full in (name, f"{engine}-{name}"):
+        if (SHIPPED / f"{full}.safetensors").is_file():
+            return SHIPPED / f"{full}.safetensors"
     hint = did_you_mean(name, shipped()) if shipped() else "give the path of a .safetensors file"
     raise ImgtoolError(f"no weights file or shipped weights named {name}", hint, USAGE)
 

@@ -6,6 +6,7 @@ where there are pictures.
 
 from __future__ import annotations
 
+import io
 import sys
 import time
 from collections import Counter
@@ -13,7 +14,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from imgtool import engines, files, header, outputs, report, sheets
 from imgtool.engine import Engine, Result, Watch
@@ -103,7 +104,7 @@ def _check_form(form: str, target: Path | None) -> None:
 
 def _weights(engine: Engine, settings: Infer) -> Path | None:
     """Return the file of the weights, None where the settings need none."""
-    return header.find(settings.weights or engine.weights) if engine.uses_weights(settings) else None
+    return header.find(engine.chosen(settings), engine.name) if engine.uses_weights(settings) else None
 
 
 def plan(engine: Engine, settings: Infer) -> Mapping[str, object]:
@@ -425,6 +426,7 @@ class Batch:
             self.places.beside[job],
             picture=bool(job.target or job.stream or shown),
             before=shown,
+            overwrite=not shown,
             consult=partial(self._consult, job.item, say),
         )
 
@@ -481,30 +483,33 @@ class Batch:
 
     def _put(self, photo: Photo, result: Result, job: Job) -> bool:
         """Write what was made of a photo; return whether it was left as it is."""
-        untouched, data = self._encoded(photo, result, job) if job.target or job.stream else (False, b"")
-        if job.stream:
-            self.console.binary(data)
+        untouched, fill = self._encoder(photo, result, job) if job.target or job.stream else (False, None)
+        if job.stream and fill:
+            buffer = io.BytesIO()
+            fill(buffer)
+            self.console.binary(buffer.getvalue())
         if job.place is None:
             return untouched
         for suffix, path in self.places.beside[job].items():
             if suffix in result.files:
                 files.write(path, result.files[suffix])
-        if job.target:
-            files.write(job.target, data)
+        if job.target and fill:
+            files.fill(job.target, fill)
         self.made.append(job)
         return untouched
 
-    def _encoded(self, photo: Photo, result: Result, job: Job) -> tuple[bool, bytes]:
-        """Return whether a photo was left as it is, and the file that is made of it."""
+    def _encoder(self, photo: Photo, result: Result, job: Job) -> tuple[bool, Callable[[BinaryIO], object]]:
+        """Return whether a photo was left as it is, and what writes the file that is made of it."""
         from imgtool import images
 
         form = _form(self.engine, self.settings, job)
         after = _made(photo, result)
         if after is photo and photo.format == files.file_type(form):
-            return True, files.read(job.item.source) if job.item.source else self._stream
+            data = files.read(job.item.source) if job.item.source else self._stream
+            return True, lambda file: file.write(data)
         for loss in images.losses(after, form):
             self.console.warn(f"{job.item.name}: {loss}")
-        return False, images.encode(after, form, self.settings.quality)
+        return False, images.encoder(after, form, self.settings.quality)
 
     def _picture(self, job: Job, photo: Photo, result: Result) -> None:
         if result.image is None or not (
@@ -514,7 +519,8 @@ class Batch:
         before, after, icc, name = photo.pixels, result.image, photo.icc or b"", job.item.name
         if self.settings.compare and job.place:
             sheet = outputs.compared(job.place)
-            sheets.compare(before, after, sheet, title=name, labels=result.labels, icc=icc)
+            more = [] if result.reference is None else [result.reference]
+            sheets.compare(before, after, sheet, title=name, labels=result.labels, more=more, icc=icc)
             self.console.say(f"before/after: {sheet}")
         if self.settings.side_by_side and job.place:
             pair = outputs.paired(job.place)

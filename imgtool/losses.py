@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -25,6 +26,18 @@ def charbonnier(output: Tensor, target: Tensor, eps: float = 1e-3) -> Tensor:
     True
     """
     return torch.sqrt((output - target).square() + eps * eps).mean()
+
+
+def log_cosh(output: Tensor, target: Tensor) -> Tensor:
+    """Return the mean of log cosh of the difference: half its square near zero, L1 - log 2 far from it.
+
+    As ``|d| + softplus(-2 |d|) - log 2``, which large differences do not overflow.
+
+    >>> round(log_cosh(torch.full((1,), 200.0), torch.zeros(1)).item(), 3)
+    199.307
+    """
+    apart = (output - target).abs()
+    return (apart + F.softplus(-2 * apart) - math.log(2)).mean()
 
 
 def frequency(output: Tensor, target: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from statistics import median
@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.text import Text
 
-__all__ = ["bars", "compare", "curves", "front", "histogram", "scatter", "sheet"]
+__all__ = [
+    "against_time", "bands", "bars", "compare", "curves", "front", "histogram", "rivals", "scatter", "sheet",
+]  # fmt: skip
 
 PALETTE = ("#2563eb", "#ea580c", "#16a34a", "#9333ea", "#dc2626", "#0891b2", "#a16207", "#64748b")
 LARGEST = 1e100  # beyond it, the margins of an axis overflow
@@ -150,6 +152,37 @@ def curves(rows: Sequence[Mapping[str, Any]], path: Path, *, title: str = "") ->
         axes = figure.add_subplot(grid[1 + number // columns, number % columns])
         _dress(axes, name, "step")
         _panel(axes, steps, values, "#6b7280" if name == "learning rate" else PALETTE[number % len(PALETTE)])
+    _save(figure, path)
+
+
+Band = Sequence[tuple[float, float, float, float]]
+"""Step, mean, low and high end of an interval, by step; NaN where one is unknown."""
+
+
+def bands(panels: Mapping[str, Band], path: Path, *, title: str, logarithmic: Collection[str] = ()) -> None:
+    """Write means within their intervals by step as PNG, a panel for each figure.
+
+    Args:
+        panels: Name of a figure to its means and intervals.
+        path: The file to write.
+        title: Line at the top.
+        logarithmic: Names of the figures whose axis is logarithmic, where all their means are above zero.
+
+    Raises:
+        ImgtoolError: The file cannot be written.
+    """
+    figure = _figure(11, 1 + 3.2 * max(len(panels), 1), title)
+    places = zip(panels.items(), cycle(PALETTE), strict=False)
+    for number, ((name, rows), colour) in enumerate(places):
+        axes = figure.add_subplot(len(panels), 1, number + 1)
+        _dress(axes, name, "step")
+        steps, means, lows, highs = ([_number(row[column]) for row in rows] for column in range(4))
+        if means and name in logarithmic and all(mean > 0 for mean in means):
+            axes.set_yscale("log")
+            least = min(means) / 2  # an interval that reaches zero has no end on such an axis
+            lows = [max(low, least) if low == low else low for low in lows]
+        axes.fill_between(steps, lows, highs, color=colour, alpha=0.25, linewidth=0)
+        _panel(axes, steps, means, colour)
     _save(figure, path)
 
 
@@ -300,6 +333,98 @@ def front(
     for number in best:
         axes.annotate(str(number), points[number], xytext=(5, 5), textcoords="offset points", fontsize=9)
     axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
+    _save(figure, path)
+
+
+def against_time(
+    points: Mapping[str, tuple[float, float]],
+    path: Path,
+    *,
+    title: str,
+    labels: tuple[str, str],
+    line: Sequence[str],
+    highlight: str,
+) -> None:
+    """Write quality against time as PNG, time being logarithmic; every point has its label beside it.
+
+    Points of no time are level lines; those of infinite quality stand at the upper border.
+
+    Args:
+        points: Label to time and quality.
+        path: The file to write.
+        title: Line at the top.
+        labels: What x and y are, with their units.
+        line: Labels of points to join.
+        highlight: Label of the point to bring out.
+
+    Raises:
+        ImgtoolError: The file cannot be written.
+    """
+    figure = _figure(8, 5, title)
+    axes = figure.add_subplot()
+    _dress(axes, xlabel=labels[0])
+    axes.set_ylabel(labels[1], fontsize=9, color=INK, parse_math=False)
+    axes.set_xscale("log")
+    _plain_decades(axes)
+    levels = [y for _, y in points.values() if math.isfinite(y)]
+    room = max(0.15 * (max(levels) - min(levels)), 1e-3)
+    top = max(levels) + room
+    axes.set_ylim(min(levels) - room, top)
+    axes.margins(x=0.25)
+    corners = _columns((points[name][0], min(points[name][1], top)) for name in line)
+    axes.plot(*corners, color="#9ca3af", linewidth=1.4)
+    for name, (x, y) in points.items():
+        bold = name == highlight
+        colour = PALETTE[1] if bold else INK
+        told: dict[str, Any] = {"color": colour, "fontsize": 10, "fontweight": "bold" if bold else "normal"}
+        if x <= 0:
+            axes.axhline(y, color=INK, linewidth=1, linestyle=(0, (4, 3)))
+            spot: Any = axes.get_yaxis_transform()
+            axes.annotate(name, (0.01, y), xycoords=spot, xytext=(0, 4), textcoords="offset points", **told)
+            continue
+        place = (x, min(y, top))
+        mark = {"marker": "*" if bold else "o", "markersize": 16 if bold else 7, "color": colour}
+        axes.plot(*place, linestyle="", clip_on=False, zorder=3, **mark)  # type: ignore[arg-type]
+        axes.annotate(name, place, xytext=(8, 6 if bold else -14), textcoords="offset points", **told)
+    _save(figure, path)
+
+
+def _plain_decades(axes: Axes) -> None:
+    """Write the numbers of a logarithmic x axis as they are, also between the powers of ten."""
+    from matplotlib.ticker import LogLocator, StrMethodFormatter
+
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.xaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+    axes.xaxis.set_minor_formatter(StrMethodFormatter("{x:g}"))
+    axes.tick_params(which="minor", colors=INK, labelsize=9)
+
+
+def rivals(
+    points: Mapping[str, Sequence[tuple[float, float]]], path: Path, *, title: str, labels: tuple[str, str]
+) -> None:
+    """Write groups of points as PNG, x being logarithmic: a line through all but the last, which is a star.
+
+    Args:
+        points: Label to x and y.
+        path: The file to write.
+        title: Line at the top.
+        labels: What x and y are, with their units.
+
+    Raises:
+        ImgtoolError: The file cannot be written.
+    """
+    figure = _figure(9, 6, title)
+    axes = figure.add_subplot()
+    _dress(axes, xlabel=labels[0])
+    axes.set_ylabel(labels[1], fontsize=9, color=INK, parse_math=False)
+    axes.set_xscale("log")
+    _plain_decades(axes)
+    for (name, some), colour in zip(points.items(), cycle(PALETTE), strict=False):
+        *others, (x, y) = some
+        axes.plot(*_columns(others), "o-", color=colour, linewidth=1.2, markersize=5)
+        axes.plot(x, y, "*", color=colour, markersize=15, label=name, zorder=3)
+    axes.axvline(1, color=INK, linewidth=1, linestyle=(0, (4, 3)))
+    _plain(axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1, 1)).get_texts())
     _save(figure, path)
 
 

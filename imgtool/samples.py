@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -25,6 +27,8 @@ Picture = npt.NDArray[Any]
 Reader = Callable[[Path, int], Picture]
 Item = TypeVar("Item")
 Source = TypeVar("Source", bound=Sized)
+Stages = Sequence[tuple[int, int]]
+"""Parts of a run one after another: the steps of each, and its samples per step."""
 
 VALIDATION_SEED = 20_000_003
 """Seed of held-out samples, whatever that of the training."""
@@ -167,3 +171,27 @@ def turns(count: int, photos: int, seed: int) -> Iterator[int]:
         if not position:
             order = np.random.default_rng([seed, 3, turn]).permutation(photos)
         yield int(order[position])
+
+
+def stage_of(stages: Stages, number: int) -> int:
+    """Return the index of the stage in which a run asks for sample ``number``.
+
+    Beyond the last one's end that is the last.
+
+    >>> [stage_of([(2, 8), (3, 4)], number) for number in (0, 15, 16, 27, 28)]
+    [0, 0, 1, 1, 1]
+    """
+    ends = accumulate(steps * batch for steps, batch in stages)
+    return next((index for index, end in enumerate(ends) if number < end), len(stages) - 1)
+
+
+def smoothed(values: Sequence[float], decay: float) -> float:
+    """Return the last of exponential moving averages that begin at the first value; NaN for none.
+
+    >>> smoothed([4.0, 2.0, 2.0], 0.5)
+    2.5
+    """
+    mean = values[0] if values else math.nan
+    for value in values[1:]:
+        mean = decay * mean + (1 - decay) * value
+    return mean

@@ -114,15 +114,39 @@ class Train(Common):
     resume: Path | None = setting(None, "Run folder to go on with, exactly where it stopped.")
     seed: int = setting(0, "Seed of weights, data and augmentation.", ge=0)
     workers: int = setting(1, "Processes that prepare data; 0 prepares it in the main one.", ge=0, le=256)
+    runs: int = setting(
+        1,
+        "Repeat the run with the seeds --seed, --seed + 1, ...; draws the loss with its confidence interval.",
+        ge=1,
+        le=100,
+    )
+    parallel: int = setting(
+        1, "Of --runs, how many at a time, each in a process with its share of the threads.", ge=1, le=100
+    )
+    sample_every: int = setting(
+        0, "Steps between further sheets of samples; 0 draws one at each validation alone.", ge=0
+    )
     steps: int = setting(20_000, "Optimiser steps in all.", panel=TRAINING, ge=1)
     batch: int = setting(16, "Samples per step.", panel=TRAINING, ge=1)
     epoch_steps: int = setting(500, "Steps between validations: one epoch.", panel=TRAINING, ge=1)
-    lr: float = setting(3e-4, "Peak learning rate of AdamW.", panel=TRAINING, gt=0)
+    optimiser: Literal["adamw", "soap"] = setting(
+        "adamw",
+        "adamw; or soap, Adam in the basis of the gradients' covariances: better steps for small networks.",
+        panel=TRAINING,
+    )
+    lr: float = setting(3e-4, "Peak learning rate.", panel=TRAINING, gt=0)
     warmup: int = setting(200, "Steps over which the rate rises from zero.", panel=TRAINING, ge=0)
     final_lr: float = setting(
         0.01, "Rate at the last step as a share of the peak (cosine).", panel=TRAINING, ge=0, le=1
     )
-    weight_decay: float = setting(1e-4, "AdamW weight decay.", panel=TRAINING, ge=0)
+    cycle: int = setting(
+        0,
+        "Steps of the first cosine cycle; each next one begins at the peak and is twice as long; 0 is one "
+        "cosine over all steps.",
+        panel=TRAINING,
+        ge=0,
+    )
+    weight_decay: float = setting(1e-4, "Weight decay, decoupled.", panel=TRAINING, ge=0)
     clip: float = setting(1.0, "Largest norm of the gradient; 0 does not clip.", panel=TRAINING, ge=0)
     ema: float = setting(
         0.999, "Decay of the averaged weights that are validated and kept.", panel=TRAINING, ge=0, lt=1

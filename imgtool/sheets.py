@@ -151,12 +151,10 @@ def _overview(pixels: Array, places: Sequence[Region], slot: int, tallest: int) 
     return picture
 
 
-def _details(
-    before: Array, after: Array, places: Sequence[Region], factor: int, width: int
-) -> list[Image.Image]:
+def _details(photos: Sequence[Array], places: Sequence[Region], factor: int, width: int) -> list[Image.Image]:
     strips = []
     for number, place in enumerate(places, 1):
-        pictures = [_picture(enlarge(to_bytes(place.cut(pixels)), factor)) for pixels in (before, after)]
+        pictures = [_picture(enlarge(to_bytes(place.cut(pixels)), factor)) for pixels in photos]
         for picture in pictures:
             if min(picture.size) >= 48:
                 _tag(_pen(picture), 0, 0, number, 24)
@@ -177,21 +175,23 @@ def compare(  # noqa: PLR0913 - what a sheet may say
     *,
     title: str = "",
     labels: Sequence[str] = ("before", "after"),
+    more: Sequence[Array] = (),
     crops: int = 3,
     width: int = 1600,
     icc: bytes = b"",
 ) -> None:
-    """Write a before/after sheet as PNG: both photos, and below them where detail changed most.
+    """Write a before/after sheet as PNG: the photos, and below them where detail changed most.
 
     The details are shown at 100 %, or enlarged by a whole factor where the photo is small; outlines
     on the photo "after" say where they come from. A very wide photo is stacked.
 
     Args:
-        before: ``(H, W, 3)`` RGB, uint8, uint16 (full range) or float (0..1); 1x1 and up.
+        before: ``(H, W, 3)`` RGB or ``(H, W)`` grey, uint8, uint16 (full range) or float (0..1); 1x1 and up.
         after: The same; where its size differs, ``before`` is scaled to it.
         path: The file to write.
         title: Line at the top, such as the photo's name.
-        labels: What stands above the two photos.
+        labels: What stands above the photos.
+        more: Others to be shown beside them, of the size of ``after``.
         crops: Details wanted; 0 shows none.
         width: Of the sheet, in pixels, at least 320.
         icc: The photo's ICC profile, so that the sheet shows its colours.
@@ -202,22 +202,23 @@ def compare(  # noqa: PLR0913 - what a sheet may say
     before = same_size(before, after)
     height, wide = after.shape[:2]
     width = max(320, width)
-    slot = _slot(width, 2)
+    slot = _slot(width, 2 + len(more))
     factor, size = detail_view((wide, height), (slot, slot * 21 // 50), 0.45)
     places = regions(before, after, crops, size) if crops > 0 and size != (wide, height) else []
     stacked = wide > 2.4 * height
     room = _slot(width, 1) if stacked else slot
     tallest = TALLEST * width // 1600
-    pictures = [_overview(before, (), room, tallest), _overview(after, places, room, tallest)]
+    photos = [before, after, *more]
+    pictures = [_overview(each, places if each is after else (), room, tallest) for each in photos]
     strips = [_heading(title, f"{wide} × {height}", width)]
     if stacked:
         strips += [_row([picture], width, [label]) for picture, label in zip(pictures, labels, strict=True)]
     else:
         strips.append(_row(pictures, width, labels))
     if places:
-        note = f"{100 * factor} %, where detail changed most: {labels[0]} | {labels[1]}"
+        note = f"{100 * factor} %, where detail changed most: {' | '.join(labels)}"
         strips.append(_caption(note, width))
-    _pile(strips + _details(before, after, places, factor, width), path, icc)
+    _pile(strips + _details(photos, places, factor, width), path, icc)
 
 
 LONGEST_EDGE = 65_500

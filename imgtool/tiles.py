@@ -86,7 +86,7 @@ def spans(size: int, core: int, halo: int, facts: TileFacts) -> list[Span]:
     count = math.ceil(size / core) if core else 1
     if count == 1:
         return [Span(0, size, low, high)]
-    step = _up(math.ceil(size / count), facts.multiple)
+    step = _up(math.ceil(size / count), facts.grid)
     cores = [(start, min(start + step, size)) for start in range(0, size, step)]
     return [Span(a, b, max(a - halo, low), min(_up(b, facts.multiple) + halo, high)) for a, b in cores]
 
@@ -121,12 +121,12 @@ def choose(height: int, width: int, tile: int | None, overlap: int, memory: floa
             )
         return 0
     if tile is not None:
-        return _up(tile, facts.multiple)
+        return _up(tile, facts.grid)
     edge = math.isqrt(int(memory / facts.bytes_per_pixel))
     if height * width <= edge * edge:
         return 0
-    core = min(max(edge - 2 * overlap, SMALLEST), facts.largest) // facts.multiple * facts.multiple
-    return max(core, facts.multiple)
+    core = min(max(edge - 2 * overlap, SMALLEST), facts.largest) // facts.grid * facts.grid
+    return max(core, facts.grid)
 
 
 def mirrored(start: int, stop: int, size: int) -> npt.NDArray[np.int64]:
@@ -140,26 +140,40 @@ def mirrored(start: int, stop: int, size: int) -> npt.NDArray[np.int64]:
     return np.minimum(position, period - position) if size > 1 else np.zeros(stop - start, np.int64)
 
 
+@dataclass(frozen=True)
+class Source:
+    """Rows of a photo.
+
+    Attributes:
+        rows: ``(h, W, 3)``, in the photo's own type.
+        height: Of the photo.
+        first: Which of the photo's rows is the first of ``rows``.
+    """
+
+    rows: Pixels
+    height: int
+    first: int = 0
+
+    def part(self, tile: Tile) -> Pixels:
+        """Return what a tile reads, ``(h, w, 3)`` in the photo's own type; not to be written to."""
+        down = mirrored(tile.rows.read_start, tile.rows.read_stop, self.height) - self.first
+        across = mirrored(tile.columns.read_start, tile.columns.read_stop, self.rows.shape[1])
+        if len(down) == down[-1] - down[0] + 1 and len(across) == across[-1] - across[0] + 1:
+            return self.rows[down[0] : down[-1] + 1, across[0] : across[-1] + 1]
+        return self.rows[np.ix_(down, across)]
+
+
+def unit(part: Pixels) -> npt.NDArray[np.float32]:
+    """Return pixels as a float32 copy; integers are scaled to 0..1."""
+    values: npt.NDArray[np.float32] = part.astype(np.float32)
+    if np.issubdtype(part.dtype, np.integer):
+        values /= np.float32(np.iinfo(part.dtype).max)
+    return values
+
+
 def read(image: Pixels, tile: Tile) -> npt.NDArray[np.float32]:
     """Return what a tile reads of ``(H, W, 3)`` as float32; integers are scaled to 0..1."""
-    height, width = image.shape[:2]
-    rows, columns = tile.rows, tile.columns
-    inside = (
-        rows.read_start >= 0
-        and rows.read_stop <= height
-        and columns.read_start >= 0
-        and columns.read_stop <= width
-    )
-    if inside:
-        part = image[rows.read_start : rows.read_stop, columns.read_start : columns.read_stop]
-    else:
-        part = image[mirrored(rows.read_start, rows.read_stop, height)][
-            :, mirrored(columns.read_start, columns.read_stop, width)
-        ]
-    values: npt.NDArray[np.float32] = part.astype(np.float32)
-    if np.issubdtype(image.dtype, np.integer):
-        values /= np.float32(np.iinfo(image.dtype).max)
-    return values
+    return unit(Source(image, len(image)).part(tile))
 
 
 def write(out: Pixels, tile: Tile, values: npt.NDArray[Any]) -> None:
@@ -243,7 +257,7 @@ def compute_tile(
 
 
 def _halves(span: Span, halo: int, facts: TileFacts, size: int) -> Iterator[Span]:
-    core = max((span.stop - span.start) // 2, facts.multiple)
+    core = max((span.stop - span.start) // 2, facts.grid)
     low, high = _ends(size, facts)
     for part in spans(span.stop - span.start, core, halo, facts):
         start, stop = span.start + part.start, span.start + part.stop
@@ -314,13 +328,102 @@ def walk(
     Raises:
         ImgtoolError: Memory does not do for the smallest tile, or for a network that may not be cut.
     """
-    waiting = cut(out.shape[0], out.shape[1], plan, facts)[::-1]
-    finished, edge, limit = 0, 0, max(out.shape[:2])
+    return _visit(make, lambda tile, values: write(out, tile, values), out.shape, plan, facts, watch)
+
+
+def canvas(image: Pixels, channels: int, overwrite: bool) -> Pixels:
+    """Return what ``bands`` is to fill: new, or where that is allowed the memory of the photo itself.
+
+    Args:
+        image: ``(H, W, 3)``.
+        channels: 3, or 1 for ``(H, W)``.
+        overwrite: Whether the photo's pixels are not needed afterwards, as ``Watch.overwrite`` tells.
+    """
+    if overwrite and image.flags.writeable:
+        return image[...] if channels == 3 else image[..., 0]
+    return np.empty(image.shape if channels == 3 else image.shape[:2], image.dtype)
+
+
+def bands(
+    make: Callable[[Pixels, Tile], npt.NDArray[Any]],
+    image: Pixels,
+    out: Pixels | Callable[[Tile, npt.NDArray[Any]], None],
+    plan: Plan,
+    facts: TileFacts,
+    watch: Watch = Watch(),  # noqa: B008 - frozen
+) -> tuple[int, int]:
+    """Fill an output of a photo from top to bottom, a band of tiles at a time, as ``walk`` does.
+
+    The output may lie in the photo's own memory: the rows that a band reads are copied before they
+    are overwritten, and with them what later bands read of them.
+
+    Args:
+        make: ``(part, tile) -> core``: what the tile reads, ``(h, w, 3)`` in the photo's own type
+            (``unit`` makes floats of it), to its core ``(h, w, ...)``; of the output's type, or
+            float32 for 0..1. The part is not to be written to.
+        image: ``(H, W, 3)`` uint8, uint16 or float32.
+        out: ``(H, W, ...)``, such as ``canvas`` gives; or what is told of every core, where nothing is
+            to be kept.
+        plan: How to cut it.
+        facts: What the network allows.
+        watch: Told after each tile, and when tiles are made smaller.
+
+    Returns:
+        The number of tiles, and the largest core's edge.
+
+    Raises:
+        ImgtoolError: As ``walk``.
+    """
+    height = len(image)
+    inplace = isinstance(out, np.ndarray) and np.may_share_memory(image, out)
+    keeper = _Keeper(image, spans(height, plan.core, _up(plan.halo, facts.multiple), facts))
+    whole = Source(image, height)
+
+    def made(tile: Tile) -> npt.NDArray[Any]:
+        return make((keeper.source(tile) if inplace else whole).part(tile), tile)
+
+    take = (lambda tile, values: write(out, tile, values)) if isinstance(out, np.ndarray) else out
+    return _visit(made, take, image.shape, plan, facts, watch)
+
+
+class _Keeper:
+    """The rows of a photo as they were, while it is overwritten band by band."""
+
+    def __init__(self, image: Pixels, rows: list[Span]) -> None:
+        """Note which rows each band reads, and from where on later ones read."""
+        self._image, self._rows = image, rows
+        seen = [mirrored(span.read_start, span.read_stop, len(image)) for span in rows]
+        lowest = [int(each.min()) for each in seen]
+        self._ends = [(min(lowest[i:]), int(each.max()) + 1) for i, each in enumerate(seen)]
+        self._band, self._source = -1, Source(image[:0], len(image))
+
+    def source(self, tile: Tile) -> Source:
+        """Return the rows that the band of a tile reads; the tiles come in the order of their bands."""
+        while self._band < 0 or self._rows[self._band].stop <= tile.rows.start:
+            self._band += 1
+            low, high = self._ends[self._band]
+            start, old = self._rows[self._band].start, self._source
+            kept = old.rows[low - old.first : start - old.first]
+            self._source = Source(np.concatenate([kept, self._image[start:high]]), old.height, low)
+        return self._source
+
+
+def _visit(
+    make: Callable[[Tile], npt.NDArray[Any]],
+    take: Callable[[Tile, npt.NDArray[Any]], None],
+    shape: tuple[int, ...],
+    plan: Plan,
+    facts: TileFacts,
+    watch: Watch,
+) -> tuple[int, int]:
+    """Make and hand on the core of every tile, row by row."""
+    waiting = cut(shape[0], shape[1], plan, facts)[::-1]
+    finished, edge, limit = 0, 0, max(shape[:2])
     while waiting:
         tile = waiting.pop()
         size = max(tile.rows.stop - tile.rows.start, tile.columns.stop - tile.columns.start)
         if size > limit:
-            waiting += quarter(tile, out.shape, plan, facts)[::-1]
+            waiting += quarter(tile, shape, plan, facts)[::-1]
             continue
         try:
             values = make(tile)
@@ -328,7 +431,7 @@ def walk(
             limit = _smaller(fault, size, facts, watch)
             waiting.append(tile)
             continue
-        write(out, tile, values)
+        take(tile, values)
         finished, edge = finished + 1, max(edge, size)
         watch.done(finished, finished + len(waiting))
     return finished, edge
@@ -345,10 +448,10 @@ def _smaller(fault: BaseException, size: int, facts: TileFacts, watch: Watch) ->
             f"out of memory, and this network takes the photo whole: {facts.reason}",
             "use a local network, or a smaller photo",
         ) from None
-    if size <= max(SMALLEST, facts.multiple):
+    if size <= max(SMALLEST, facts.grid):
         raise ImgtoolError(
             f"out of memory, even for a tile of {size} pixels", "close other programs, or take --device cpu"
         ) from None
-    limit = _up(size // 2, facts.multiple)
+    limit = _up(size // 2, facts.grid)
     watch.say(f"out of memory: going on with tiles of {limit} pixels")
     return limit

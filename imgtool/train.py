@@ -24,10 +24,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from imgtool import checkpoint, compute, files, plots, sheets
+from imgtool import checkpoint, compute, files, plots, repeat, sheets
 from imgtool.console import plain
 from imgtool.engine import Engine, Examples
 from imgtool.errors import DONE, USAGE, ImgtoolError
+from imgtool.optimisers import Soap
+from imgtool.samples import Stages
 from imgtool.settings import Train, make, table, to_toml
 
 if TYPE_CHECKING:
@@ -51,13 +53,24 @@ STATES = ("net", "ema", "optimiser", "scaler", "random", "sums", *COUNTERS)
 def learning_rate(step: int, settings: Train) -> float:
     """Return the rate at a step: a linear rise, then half a cosine down to ``final_lr`` of the peak.
 
+    With ``cycle``, half cosines follow each other, each twice as long as the one before: Loshchilov and
+    Hutter, "SGDR: stochastic gradient descent with warm restarts", ICLR 2017, with T_mult = 2.
+
     It depends on nothing but the step, so a resumed run cannot climb back up.
     """
     if step < settings.warmup:
         return settings.lr * (step + 1) / settings.warmup
-    done = (step - settings.warmup) / max(settings.steps - settings.warmup, 1)
     low = settings.final_lr
-    return settings.lr * (low + (1 - low) * (1 + math.cos(math.pi * min(done, 1.0))) / 2)
+    return settings.lr * (low + (1 - low) * (1 + math.cos(math.pi * _fallen(step, settings))) / 2)
+
+
+def _fallen(step: int, settings: Train) -> float:
+    """Return the part of its half cosine, 0 to 1, that the rate has gone through."""
+    step -= settings.warmup
+    if not settings.cycle:
+        return min(step / max(settings.steps - settings.warmup, 1), 1.0)
+    length = 1 << (step // settings.cycle + 1).bit_length() - 1  # of the cycle, in first cycles
+    return (step - settings.cycle * (length - 1)) / (settings.cycle * length)
 
 
 def run_folder(engine: Engine, settings: Train) -> Path:
@@ -88,8 +101,9 @@ def resumed(engine: Engine, settings: Train) -> Train:
             USAGE,
         )
     given = {name: getattr(settings, name) for name in settings.model_fields_set}
-    found = make(type(settings), before | given, str(path))
-    _check_same_network(engine, make(type(settings), before, str(path)), found)
+    begun, found = make(type(settings), before, str(path)), make(type(settings), before | given, str(path))
+    _check_same_network(engine, begun, found)
+    repeat.check_same(begun, found)
     return found
 
 
@@ -106,11 +120,13 @@ def _check_same_network(engine: Engine, begun: Train, wanted: Train) -> None:
 def plan(engine: Engine, settings: Train) -> Mapping[str, object]:
     """Return what ``--dry-run`` tells: where it would run, how large, how long, and what it writes."""
     settings = resumed(engine, settings)
+    _wants_campaign(engine, settings)
     net = engine.build(settings)
     train, held_out = engine.data(settings)
     return {
         "device": str(compute.device(settings.device)),
         "parameters": sum(p.numel() for p in net.parameters()),
+        **({"runs": settings.runs} if settings.runs > 1 else {}),
         "steps": settings.steps,
         "samples per epoch": len(train),
         "held-out samples": len(held_out),
@@ -118,8 +134,19 @@ def plan(engine: Engine, settings: Train) -> Mapping[str, object]:
     }
 
 
+def _wants_campaign(engine: Engine, settings: Train) -> bool:
+    wanted = engine.campaign is not None and engine.wants_campaign(settings)
+    if wanted and settings.runs > 1:
+        what = "--runs repeats one training, and these settings ask for many different ones"
+        raise ImgtoolError(what, "leave out --runs", USAGE)
+    return wanted
+
+
 def run(engine: Engine, settings: Train, console: Console) -> int:
     """Train; the run folder then holds settings, log, weights, pictures and the state to resume.
+
+    Returns:
+        1 where one of repeated runs failed, else 0.
 
     Raises:
         ImgtoolError: For data that cannot be used, memory or a disk that does not do, or a run
@@ -128,7 +155,7 @@ def run(engine: Engine, settings: Train, console: Console) -> int:
     """
     settings = resumed(engine, settings)
     folder = run_folder(engine, settings)
-    campaign = engine.campaign is not None and engine.wants_campaign(settings)
+    campaign = _wants_campaign(engine, settings)
     if not settings.resume and any((folder / name).exists() for name in (STATE, CAMPAIGN)):
         raise ImgtoolError(
             f"{folder} already holds a run",
@@ -139,6 +166,8 @@ def run(engine: Engine, settings: Train, console: Console) -> int:
         lines = [f"{name}: {value}" for name, value in record.items()]
         console.result(record, "\n".join(lines))
         return DONE
+    if settings.runs > 1:
+        return repeat.run(engine, settings, Crew(engine, settings, folder, console), console)
     loop = Loop(engine, settings, folder, console)
     loop.go()
     return DONE
@@ -152,7 +181,8 @@ class Crew:
         self.folder = folder
         self._engine, self._console = engine, console
         record = settings.changed(resume=None, out=None)
-        files.write(folder / SETTINGS, to_toml(record, "train", engine.name).encode())
+        self.config = folder / SETTINGS
+        files.write(self.config, to_toml(record, "train", engine.name).encode())
         files.write(folder / CAMPAIGN, json.dumps({"engine": engine.name}).encode())
 
     def say(self, text: str) -> None:
@@ -169,17 +199,33 @@ class Crew:
             ImgtoolError: As ``run``.
             KeyboardInterrupt: After the state was saved.
         """
+        ended = self.ended(name)
+        if ended is not None:
+            return ended
         folder = self.folder / name
-        ended = folder / DONE_FILE
-        if ended.exists():
-            found: dict[str, Any] = json.loads(files.read(ended))
-            return found
-        resume = folder if (folder / STATE).exists() else None
+        resume = folder if self.begun(name) else None
         loop = Loop(self._engine, settings.changed(resume=resume, out=None), folder, self._console.muted())
         loop.home = self.folder
         found = loop.go()
-        files.write(ended, json.dumps(plain(found)).encode())
+        self.keep(name, found)
         return found
+
+    def begun(self, name: str) -> bool:
+        """Tell whether the sub-folder holds a training to go on with."""
+        return (self.folder / name / STATE).exists()
+
+    def ended(self, name: str) -> Mapping[str, Any] | None:
+        """Return what the training in the sub-folder found; None where it has not ended."""
+        path = self.folder / name / DONE_FILE
+        return json.loads(files.read(path)) if path.exists() else None
+
+    def log(self, name: str) -> list[dict[str, Any]]:
+        """Return what the training in the sub-folder logged, a row for each epoch."""
+        return files.json_lines(self.folder / name / LOG)
+
+    def keep(self, name: str, found: Mapping[str, Any]) -> None:
+        """Record that the training in the sub-folder has ended, and what it found."""
+        files.write(self.folder / name / DONE_FILE, json.dumps(plain(found)).encode())
 
 
 def _differing(engine: Engine, settings: Train, weights: checkpoint.Weights) -> str:
@@ -208,13 +254,12 @@ class Loop:
             self._begin()
         compute.channels_last(self.net.to(self.device))
         self.ema = copy.deepcopy(self.net).eval().requires_grad_(False)
-        self.optimiser = torch.optim.AdamW(
-            [{"params": part} for part in self.phases.parameters],
-            settings.lr,
-            weight_decay=settings.weight_decay,
-        )
+        kind = Soap if settings.optimiser == "soap" else torch.optim.AdamW
+        groups = [{"params": part} for part in self.phases.parameters]
+        self.optimiser: torch.optim.Optimizer = kind(groups, settings.lr, weight_decay=settings.weight_decay)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.autocast == torch.float16)
         self.train, self.held_out = engine.data(settings)
+        self.stages = _checked(engine.stages(settings), settings.steps)
         self.step, self.seconds, self.bad, self.skipped, self.stale = 0, 0.0, 0, 0, 0
         self.best: dict[str, Any] = {}
         self.sums: dict[str, Tensor] = {}
@@ -231,7 +276,8 @@ class Loop:
         if words:
             self.console.say(words)
         if self.settings.weights:
-            weights = checkpoint.read_weights(checkpoint.find(self.settings.weights), self.engine.name)
+            name = self.engine.name
+            weights = checkpoint.read_weights(checkpoint.find(self.settings.weights, name), name)
             differing = _differing(self.engine, self.settings, weights)
             try:
                 checkpoint.load_state(self.net, weights)
@@ -297,11 +343,14 @@ class Loop:
         """Run to the last step, to the early stop, or to the interrupt; return what was best."""
         if not self.settings.resume:
             self._write_settings()
-        self._write_log(self._rows())
+        rows = self._rows()
+        self._write_log(rows)
         parameters = sum(p.numel() for p in self.net.parameters())
         self.console.say(
             f"training {self.engine.name}: {parameters:,} parameters on {self.device}, into {self.folder}"
         )
+        if rows and self._enough(rows):
+            return self._finish()
         with (
             _signals(self),
             _explained(),
@@ -330,20 +379,50 @@ class Loop:
         ended = self.step % settings.epoch_steps == 0 or self.step == settings.steps
         if ended:
             progress.update(self._end_epoch())
+        if settings.sample_every and self.step % settings.sample_every == 0:
+            self._sample()
         if ended or self.step % settings.save_every == 0 or self.interrupted:
             self._save()
         if self.interrupted:
             self.console.say(f"stopped at step {self.step}; go on with --resume {self.home}")
             raise KeyboardInterrupt
-        stop = ended and 0 < settings.patience <= self.stale
-        if stop:
+        if ended and 0 < settings.patience <= self.stale:
             self.console.say(f"no better {self.engine.best} for {self.stale} epochs: stopping early")
-        return stop
+            return True
+        return ended and self._enough(self._rows())
+
+    def _enough(self, rows: Sequence[Mapping[str, Any]]) -> bool:
+        """Ask the engine whether what was logged is all that was wanted, and say so."""
+        words = self.engine.enough(rows, self.settings)
+        if words:
+            self.console.say(words)
+        return bool(words)
 
     def _batches(self) -> Iterator[Any]:
-        size = self.settings.batch
-        numbers = Numbers(self.step * size, self.settings.steps * size, size)
-        yield from _load(self.train, numbers, self.settings.workers)
+        """Yield the batches from this step on.
+
+        Raises:
+            ImgtoolError: As the data set raised it. Unless this was before the first step, the state is
+                saved, there are weights that can be used, and the hint says how to go on.
+        """
+        try:
+            yield from _load(self.train, Numbers(self.stages, self.step), self.settings.workers)
+        except ImgtoolError as fault:
+            if self.step:
+                self._save()
+                if not self.best:
+                    self._keep_unfinished()
+                saved = f"the state of step {self.step} is saved: go on with --resume {self.home}"
+                fault.hint = "; ".join(filter(None, (fault.hint, saved)))
+            raise
+
+    def _keep_unfinished(self) -> None:
+        """Write the weights as they are, before any epoch has ended; the run itself takes no note of it."""
+        try:
+            scores, _ = self._validate()
+        except ImgtoolError:  # the source of the held-out data may be the one that died
+            scores = {}
+        self._keep({"step": self.step, "scores": plain(scores)})
 
     def _learn(self, batch: Any) -> None:
         shares = (1.0, self.settings.unfreeze_lr)
@@ -428,13 +507,18 @@ class Loop:
     def _validate(self) -> tuple[dict[str, float], Mapping[str, Tensor]]:
         values: dict[str, list[Tensor]] = {}
         pictures: Mapping[str, Tensor] = {}
-        total, size = len(self.held_out), max(min(self.settings.batch, 8), 1)
-        for batch in _load(self.held_out, Numbers(0, total, size), 0):
-            batch = _to(batch, self.device)
+        for batch in self._held_out():
             for name, score in self.engine.score(self.ema, batch).items():
                 values.setdefault(name, []).append(score.cpu().double())
-            pictures = pictures or {k: v.cpu() for k, v in self.engine.samples(self.ema, batch).items()}
+            pictures = pictures or self.engine.samples(self.ema, batch)
         return {name: float(torch.cat(parts).mean()) for name, parts in values.items()}, pictures
+
+    def _held_out(self) -> Iterator[Any]:
+        """Yield the held-out data, all of it once."""
+        size = min(self.settings.batch, 8)
+        whole, rest = divmod(len(self.held_out), size)
+        for batch in _load(self.held_out, Numbers(((whole, size), (min(rest, 1), rest))), 0):
+            yield _to(batch, self.device)
 
     def _judge(self, row: Mapping[str, Any]) -> None:
         name = self.engine.best
@@ -443,25 +527,35 @@ class Loop:
         value, before = row["scores"].get(name, math.nan), self.best.get("scores", {}).get(name, math.nan)
         sign = 1 if self.engine.higher_is_better else -1
         better = math.isfinite(value) and (not math.isfinite(before) or sign * value > sign * before)
-        self.stale = 0 if better or not self.phases.last(self.step) else self.stale + 1
+        last = self.phases.last(self.step) and self.step > sum(steps for steps, _ in self.stages[:-1])
+        self.stale = 0 if better or not last else self.stale + 1
         if better:
             self.best = {"epoch": row["epoch"], "step": row["step"], "scores": row["scores"]}
-            about = {
-                "scores": row["scores"],
-                "step": row["step"],
-                "train": portable(self.settings),
-                **self.engine.describe(self.train),
-            }
-            checkpoint.save_weights(
-                self.folder / BEST, self.engine, self.settings, self.ema.state_dict(), about
-            )
+            self._keep({"scores": row["scores"], "step": row["step"]})
+
+    def _keep(self, about: Mapping[str, Any]) -> None:
+        """Write the averaged weights."""
+        about = {**about, "train": portable(self.settings), **self.engine.describe(self.train)}
+        checkpoint.save_weights(self.folder / BEST, self.engine, self.settings, self.ema.state_dict(), about)
 
     def _draw(self, epoch: int, pictures: Mapping[str, Tensor]) -> None:
         plots.curves(self._rows(), self.folder / "curves.png", title=f"{self.engine.name} {self.folder.name}")
+        self._sheet(pictures, f"epoch-{epoch:04d}", f"epoch {epoch}")
+
+    @torch.inference_mode()
+    def _sample(self) -> None:
+        """Draw a sheet of the first of the held-out data."""
+        for batch in self._held_out():
+            pictures = self.engine.samples(self.ema, batch)
+            self._sheet(pictures, f"step-{self.step:06d}", f"step {self.step}")
+            break
+
+    def _sheet(self, pictures: Mapping[str, Tensor], name: str, title: str) -> None:
         images = {
-            name: value.permute(0, 2, 3, 1).float().clamp(0, 1).numpy() for name, value in pictures.items()
+            label: value.permute(0, 2, 3, 1).float().clamp(0, 1).cpu().numpy()
+            for label, value in pictures.items()
         }
-        sheets.sheet(images, self.folder / "samples" / f"epoch-{epoch:04d}.png", title=f"epoch {epoch}")
+        sheets.sheet(images, self.folder / "samples" / f"{name}.png", title=title)
 
     def _finish(self) -> dict[str, Any]:
         if not self.best:
@@ -573,22 +667,38 @@ def _collate(samples: Sequence[Any]) -> Any:
     return faults[0] if faults else default_collate(list(samples))
 
 
+def _checked(stages: Stages, steps: int) -> Stages:
+    if sum(each for each, _ in stages) != steps:
+        raise ValueError(f"the stages {stages} are not those of {steps} steps")
+    return stages
+
+
 @dataclass(frozen=True)
 class Numbers:
-    """The sample numbers of every batch from ``start`` to ``stop``, made as they are asked for."""
+    """The sample numbers of every batch of a run, made as they are asked for.
 
-    start: int
-    stop: int
-    size: int
+    Attributes:
+        stages: Steps and samples per step of each part of the run.
+        start: Step to begin at.
+    """
+
+    stages: Stages
+    start: int = 0
 
     def __iter__(self) -> Iterator[list[int]]:
-        """Yield batch after batch; the last may be short."""
-        for first in range(self.start, self.stop, self.size):
-            yield list(range(first, min(first + self.size, self.stop)))
+        """Yield batch after batch: each has the numbers that follow those of the step before."""
+        first, past = 0, self.start
+        for steps, size in self.stages:
+            gone = min(past, steps)
+            past -= gone
+            first += gone * size
+            for _ in range(steps - gone):
+                yield list(range(first, first + size))
+                first += size
 
     def __len__(self) -> int:
         """Return the number of batches."""
-        return max(math.ceil((self.stop - self.start) / self.size), 0)
+        return max(sum(steps for steps, _ in self.stages) - self.start, 0)
 
 
 def _load(examples: Examples, numbers: Numbers, workers: int) -> Iterator[Any]:

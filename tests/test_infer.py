@@ -26,7 +26,7 @@ from PIL import Image, ImageCms
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from imgtool import checkpoint, cli, engines, images
+from imgtool import checkpoint, cli, engines, header, images, tiles
 from imgtool.engine import Engine, Result, Watch
 from imgtool.engines.deblur.engine import ENGINE
 from imgtool.engines.deblur.settings import Model
@@ -965,6 +965,66 @@ def test_side_by_side_shows_both_at_full_size(infer: Run, monkeypatch: pytest.Mo
     assert infer("a.png", "-o", "b.png", "--side-by-side", "--skip-existing").code == 0
     Path("b.png").unlink()
     assert "b-side-by-side.jpg exists" in infer("a.png", "-o", "b.png", "--side-by-side").err
+
+
+def test_a_result_of_one_channel_is_grey_everywhere(infer: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    Image.fromarray(scene()).save("a.png", icc_profile=profile)
+    grey = scene(seed=5)[..., 0]
+    with_apply(monkeypatch, lambda net, photo, *_: Result(grey))
+    done = infer(
+        "a.png", "-o", "b.png", "--compare", "--side-by-side", "--quality", "100", "--report", "page"
+    )
+    assert done.code == 0
+    with Image.open("b.png") as image:
+        assert (image.mode, "icc_profile" in image.info) == ("L", False)
+        assert np.array_equal(np.asarray(image), grey)
+    pair = images.read(Path("b-side-by-side.jpg")).pixels.astype(int)
+    assert np.abs(pair[:, 64:] - grey[..., None]).mean() < 2
+    assert np.abs(pair[:, :64] - scene()).mean() < 6
+    assert images.read(Path("b-compare.png")).pixels.shape[1] == 1600
+    assert Path("page/index.html").read_text().count("data:image/jpeg;base64,") >= 2
+
+
+def test_the_photos_memory_may_take_the_result_where_nothing_else_needs_it(
+    infer: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[bool] = []
+
+    def apply(net: Any, photo: Photo, settings: Any, watch: Watch) -> Result:
+        told.append(watch.overwrite)
+        out = tiles.canvas(photo.pixels, 3, watch.overwrite)
+        np.subtract(255, photo.pixels, out=out)
+        return Result(out)
+
+    with_apply(monkeypatch, apply)
+    put("a.png")
+    words = ((), ("--compare",), ("--side-by-side",), ("--report", "page"))
+    for number, more in enumerate(words):
+        assert infer("a.png", "-o", f"{number}.png", "--json", *more).lines[0].get("untouched") is None
+        assert np.array_equal(images.read(Path(f"{number}.png")).pixels, 255 - scene())
+    assert told == [True, False, False, False]
+    pair = images.read(Path("2-side-by-side.jpg")).pixels.astype(int)
+    assert np.abs(pair[:, :64] - scene()).mean() < 6
+
+
+def test_an_engine_chooses_its_weights_by_the_settings(
+    infer: Run, weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(weights, "deblur-soft.safetensors")
+    monkeypatch.setattr(header, "SHIPPED", Path.cwd())
+    with_engine(monkeypatch, apply=negative, choose=lambda settings: "soft" if settings.tile else "")
+    put("a.png")
+
+    def model(*words: str) -> Any:
+        done = infer("a.png", "--json", "--force", *words)
+        return done.lines[0].get("model") or done.lines[0]["error"]
+
+    assert model("--weights", str(weights), "--tile", "64") == "random"
+    assert model("--weights", "soft") == "deblur-soft"
+    assert model("--weights", "", "--tile", "64") == "deblur-soft"
+    assert model("--weights", "") == "no weights file or shipped weights named deblur-unet-lite"
+    assert "deblur-soft" in infer("a.png", "--weights", "", "--tile", "64", "--dry-run").out
 
 
 def test_pictures_of_outputs_are_not_inputs_of_the_next_run(infer: Run) -> None:

@@ -326,6 +326,33 @@ def test_24_megapixels_take_little():
     assert megabytes < 150
 
 
+NAN = math.nan
+BANDS = {
+    "none": {"loss": []},
+    "one run": {"loss": [(500, 0.5, NAN, NAN)], r"psnr $\frac$": [(500, 30.0, NAN, NAN)]},
+    "below zero": {"loss": [(1, 0.5, -0.5, 1.5), (2, 0.2, 0.1, 0.3)]},
+    "extreme": {"loss": [(1, 1e-290, 0.0, 1e99), (2, math.inf, NAN, NAN)], "x": [(1, -1e99, 0.0, NAN)]},
+}
+
+
+@pytest.mark.parametrize("panels", BANDS.values(), ids=BANDS.keys())
+def test_any_bands_can_be_drawn(tmp_path, panels):
+    plots.bands(panels, tmp_path / "runs.png", title=r"$\frac$", logarithmic=("loss",))
+    assert opened(tmp_path / "runs.png").shape[2] == 3
+
+
+def test_a_band_is_as_wide_as_its_interval(tmp_path):
+    """Between ends that hold the axis in place, half the interval is half the colour."""
+    tinted = {}
+    for name, half in (("wide", 1.0), ("narrow", 0.5)):
+        rows = [(0, 0, -2, 2), (1, 0, -half, half), (9, 0, -half, half), (10, 0, -2, 2)]
+        plots.bands({"psnr": rows}, tmp_path / "runs.png", title="")
+        picture = opened(tmp_path / "runs.png").astype(int)
+        column = picture[:, picture.shape[1] // 2]
+        tinted[name] = (column[:, 2] - column[:, 0] > 30).sum()
+    assert tinted["wide"] == pytest.approx(2 * tinted["narrow"], rel=0.1)
+
+
 def test_png_can_be_read_by_others(tmp_path):
     plots.compare(flat(RED), flat(BLUE), tmp_path / "sheet.png")
     with Image.open(io.BytesIO((tmp_path / "sheet.png").read_bytes())) as picture:

@@ -59,7 +59,7 @@ def test_half_precision_and_finite(name: str) -> None:
 @each_name
 def test_the_card(name: str) -> None:
     card = (checkpoint.SHIPPED / f"{name}.md").read_text(encoding="utf-8").lower()
-    measured = {"deblur": "db", "lens": "% of the diagonal", "awb": "degrees", "isp": "db"}
+    measured = {"deblur": "db", "lens": "% of the diagonal", "awb": "degrees", "isp": "db", "filter": "db"}
     engine = name.split("-")[0]
     for words in ("data", "licence", "seed", f"imgtool train {engine}", measured[engine]):
         assert words in card, f"the card of {name} does not speak of {words}"

@@ -13,84 +13,33 @@ import sys
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from toy import (
+    TOY,
+    Batch,
+    Numbers,
+    ToyModel,
+    ToyTrain,
+    assert_same,
+    assert_same_run,
+    build,
+    go,
+    rows,
+    state,
+    toy,
+)
 
-from imgtool import checkpoint, cli, engines, files, train
+from imgtool import checkpoint, cli, files, train
 from imgtool.console import Console
 from imgtool.engine import Engine
 from imgtool.errors import DONE, FAILED, INTERRUPTED, USAGE, ImgtoolError
-from imgtool.settings import Settings, Train, setting, table
+from imgtool.settings import Train, table
 from imgtool.train import learning_rate
-
-DEBLUR = engines.load("deblur")
-
-# --- an engine small enough to train in milliseconds ------------------------------------------
-
-
-class Batch(NamedTuple):
-    x: Tensor
-    y: Tensor
-
-
-class Numbers:
-    """Sample n is a function of n alone; pictures of 16 x 16 pixels and the same, halved."""
-
-    def __init__(self, length: int = 4, fault_at: int = -1) -> None:
-        self.length, self.fault_at = length, fault_at
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, number: int) -> Batch:
-        if number == self.fault_at:
-            raise ImgtoolError("photo 7 is torn", "glue it", USAGE)
-        x = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(number))
-        return Batch(x, x / 2)
-
-
-class ToyModel(Settings):
-    drop: float = setting(0.2, "Dropout.", panel="Model")
-
-
-class ToyTrain(ToyModel, Train):
-    pass
-
-
-def build(settings: ToyModel) -> nn.Module:
-    """Dropout makes the result depend on torch's random numbers as well."""
-    return nn.Sequential(
-        nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Dropout(settings.drop), nn.Conv2d(4, 3, 3, padding=1)
-    )
-
-
-TOY: Engine = dataclasses.replace(
-    DEBLUR,
-    name="deblur",
-    model=ToyModel,
-    build=build,
-    data=lambda settings: (Numbers(), Numbers(2)),
-    loss=lambda net, batch, settings: {
-        "mse": (net(batch.x) - batch.y).square().mean(),
-        "l1": 0.1 * (net(batch.x) - batch.y).abs().mean(),
-    },
-    score=lambda net, batch: {"psnr": -10 * (net(batch.x) - batch.y).square().mean((1, 2, 3)).log10()},
-    samples=lambda net, batch: {"x": batch.x, "output": net(batch.x).clamp(0, 1)},
-)
-
-
-def toy(folder: Path, **values: Any) -> ToyTrain:
-    quick: dict[str, Any] = {
-        "out": folder, "steps": 8, "epoch_steps": 4, "batch": 2, "workers": 0, "threads": 1,
-        "warmup": 2, "lr": 1e-2, "save_every": 3, "device": "cpu",
-    }  # fmt: skip
-    if "resume" in values:
-        return ToyTrain(**values)  # the rest comes from the run's own record
-    return ToyTrain(**(quick | values))
 
 
 @pytest.fixture
@@ -110,45 +59,6 @@ def _threads() -> Iterator[None]:
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch waits five seconds for a worker to end by itself before it ends it."""
     monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)
-
-
-def go(engine: Engine, settings: Train) -> int:
-    return train.run(engine, settings, Console(json=True))
-
-
-def rows(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
-def timeless(folder: Path) -> list[dict[str, Any]]:
-    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows(folder)]
-
-
-def state(folder: Path) -> dict[str, Any]:
-    return checkpoint.read_state(folder / "last.pt", train.STATES)
-
-
-def assert_same(first: Any, second: Any) -> None:
-    """Two nested values are equal bit for bit."""
-    assert type(first) is type(second)
-    if isinstance(first, Tensor):
-        assert torch.equal(first, second)
-    elif isinstance(first, dict):
-        assert first.keys() == second.keys()
-        for name in first:
-            assert_same(first[name], second[name])
-    elif isinstance(first, list):
-        for one, other in zip(first, second, strict=True):
-            assert_same(one, other)
-    else:
-        assert first == second
-
-
-def assert_same_run(first: Path, second: Path) -> None:
-    for name in ("net", "ema", "optimiser", "random", "step", "best", "stale", "skipped", "sums"):
-        assert_same(state(first)[name], state(second)[name])
-    assert_same(load_file(first / "best.safetensors"), load_file(second / "best.safetensors"))
-    assert timeless(first) == timeless(second)
 
 
 # --- killed and resumed, on the command line --------------------------------------------------
@@ -829,7 +739,9 @@ def test_a_fault_of_the_data_comes_out_as_it_is(workers: int, tmp_path: Path) ->
     engine = dataclasses.replace(TOY, data=lambda settings: (Numbers(fault_at=7), Numbers(2)))
     with pytest.raises(ImgtoolError) as caught:
         go(engine, toy(tmp_path, workers=workers))
-    assert (caught.value.what, caught.value.hint, caught.value.code) == ("photo 7 is torn", "glue it", USAGE)
+    saved = f"the state of step 3 is saved: go on with --resume {tmp_path}"
+    assert (caught.value.what, caught.value.code) == ("photo 7 is torn", USAGE)
+    assert caught.value.hint == f"glue it; {saved}"
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -17,6 +17,7 @@ SUMMARY = {
     "deblur": "Sharpen motion-blurred photos of any size.",
     "awb": "White balance: gains of red and blue from raw frames.",
     "isp": "RAW Bayer frames to photographs.",
+    "filter": "Small networks that imitate classical filters.",
 }
 
 

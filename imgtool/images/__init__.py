@@ -7,7 +7,7 @@ value. Every photo comes upright: the EXIF orientation is applied and reset.
 from imgtool.files import extension, file_type
 from imgtool.images.photo import Photo, convert, to_float, to_type, turn
 from imgtool.images.reading import LARGEST, READABLE, WRITABLE, read, read_rgb8, size
-from imgtool.images.writing import encode, losses, write
+from imgtool.images.writing import encode, encoder, losses, write
 
 __all__ = [
     "LARGEST",
@@ -16,6 +16,7 @@ __all__ = [
     "Photo",
     "convert",
     "encode",
+    "encoder",
     "extension",
     "file_type",
     "losses",

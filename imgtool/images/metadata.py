@@ -6,12 +6,14 @@ hold offsets of their own, stay readable; only from TIFF to another format and b
 
 from __future__ import annotations
 
+import io
+import mmap
 import re
 import struct
 import zlib
 from collections.abc import Collection, Iterator, Mapping
 from functools import lru_cache
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 from xml.etree import ElementTree
 from xml.parsers import expat
 from xml.sax.saxutils import quoteattr
@@ -24,6 +26,7 @@ _POINTERS = (EXIF_IFD, GPS_IFD, INTEROP_IFD)
 _SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4}
 # A hostile directory may point at the whole file hundreds of times.
 _MOST_ENTRIES, _LONGEST = 500, 1 << 20
+_DIRECTORY = 4 << 20  # bytes at the beginning of a TIFF of ours that hold its directory
 _PORTABLE = frozenset(
     # Description, maker, model, orientation, resolution, software, date, artist, host, rating,
     # copyright, Windows' own texts, Exif and GPS: what is said of the photo and not of its storage.
@@ -47,6 +50,9 @@ _PORTABLE = frozenset(
     ]
 )
 _PNG = b"\x89PNG\r\n\x1a\n"
+Data = bytes | mmap.mmap
+"""A file's content, or the file mapped into memory."""
+
 AUX = ("http://ns.adobe.com/exif/1.0/aux/", "aux")
 """Adobe's namespace of lens and camera properties, and its usual prefix."""
 
@@ -72,7 +78,7 @@ class Entry(NamedTuple):
     children: tuple[Entry, ...] = ()
 
 
-def byte_order(data: bytes) -> str:
+def byte_order(data: Data) -> str:
     """Return struct's sign for the byte order of a TIFF structure: "<", ">", or "" where it is none.
 
     A BigTIFF, whose offsets are longer, counts as none.
@@ -81,7 +87,7 @@ def byte_order(data: bytes) -> str:
     return "" if data[2:4] in (b"+\0", b"\0+") else order
 
 
-def _positions(data: bytes, offset: int, order: str) -> dict[int, int]:
+def _positions(data: Data, offset: int, order: str) -> dict[int, int]:
     """Map each tag of the directory at ``offset`` to the position of its entry; {} where it is broken."""
     if not 8 <= offset <= len(data) - 2:
         return {}
@@ -92,11 +98,11 @@ def _positions(data: bytes, offset: int, order: str) -> dict[int, int]:
     return {struct.unpack_from(order + "H", data, start)[0]: start for start in starts}
 
 
-def _first(data: bytes, order: str) -> int:
+def _first(data: Data, order: str) -> int:
     return int(struct.unpack_from(order + "I", data, 4)[0])
 
 
-def _entry(data: bytes, position: int, order: str, depth: int) -> Entry | None:
+def _entry(data: Data, position: int, order: str, depth: int) -> Entry | None:
     tag, kind, count = struct.unpack_from(order + "HHI", data, position)
     length = _SIZES.get(kind, 0) * count
     start = position + 8 if length <= 4 else struct.unpack_from(order + "I", data, position + 8)[0]
@@ -111,7 +117,7 @@ def _entry(data: bytes, position: int, order: str, depth: int) -> Entry | None:
     return Entry(tag, kind, count, value)
 
 
-def entries(data: bytes, offset: int, order: str, depth: int = 0) -> tuple[Entry, ...]:
+def entries(data: Data, offset: int, order: str, depth: int = 0) -> tuple[Entry, ...]:
     """Read the TIFF directory at ``offset`` with those below it; broken entries are left out."""
     found = (_entry(data, position, order, depth) for position in _positions(data, offset, order).values())
     return tuple(entry for entry in found if entry)
@@ -133,7 +139,7 @@ def directory(found: Collection[Entry], order: str, base: int) -> bytes:
     return head + struct.pack(order + "I", 0) + body
 
 
-def exif_of_tiff(data: bytes, leave_out: Collection[int] = ()) -> bytes | None:
+def exif_of_tiff(data: Data, leave_out: Collection[int] = ()) -> bytes | None:
     """Return an EXIF block with what a TIFF-structured file says of its photo; None if it says nothing.
 
     Args:
@@ -173,7 +179,7 @@ def srgb_profile() -> bytes:
     return made[:24] + struct.pack(">6H", 2024, 1, 1, 0, 0, 0) + made[36:]  # when it was made
 
 
-def tag_value(data: bytes, tag: int) -> int | None:
+def tag_value(data: Data, tag: int) -> int | None:
     """Return a short or long number from a TIFF file's first directory, None where there is none."""
     order = byte_order(data)
     position = _positions(data, _first(data, order), order).get(tag) if order else None
@@ -183,13 +189,13 @@ def tag_value(data: bytes, tag: int) -> int | None:
     return int(struct.unpack_from(order + ("H" if kind == 3 else "I"), data, position + 8)[0])
 
 
-def has_tag(data: bytes, tag: int) -> bool:
+def has_tag(data: Data, tag: int) -> bool:
     """Tell whether a TIFF file's first directory has a tag."""
     order = byte_order(data)
     return bool(order) and tag in _positions(data, _first(data, order), order)
 
 
-def tag_bytes(data: bytes, tag: int) -> bytes | None:
+def tag_bytes(data: Data, tag: int) -> bytes | None:
     """Return the bytes of a tag in a TIFF file's first directory, None where there are none."""
     order = byte_order(data)
     position = _positions(data, _first(data, order), order).get(tag) if order else None
@@ -379,6 +385,22 @@ def into_tiff(tiff: bytes, exif: bytes | None, icc: bytes | None, xmp: bytes | N
 
     A new first directory is written behind the file; pixels stay where they are.
     """
+    file = io.BytesIO(tiff)
+    add_to_tiff(file, exif, icc, xmp)
+    return file.getvalue()
+
+
+def add_to_tiff(file: BinaryIO, exif: bytes | None, icc: bytes | None, xmp: bytes | None) -> None:
+    """Add metadata to an open TIFF file, as ``into_tiff`` does.
+
+    Args:
+        file: Can be read, written and sought; its first directory is near its beginning.
+        exif: EXIF block.
+        icc: ICC profile.
+        xmp: XMP packet.
+    """
+    file.seek(0)
+    tiff = file.read(_DIRECTORY)
     order = byte_order(tiff)
     found = {entry.tag: entry for entry in entries(tiff, _first(tiff, order), order)}
     told = entries(exif, _first(exif, order), order) if exif and byte_order(exif) == order else ()
@@ -386,12 +408,14 @@ def into_tiff(tiff: bytes, exif: bytes | None, icc: bytes | None, xmp: bytes | N
     for tag, kind, value in ((ICC, 7, icc), (XMP, 1, xmp)):
         if value:
             found[tag] = Entry(tag, kind, len(value), value)
-    base = len(tiff) + len(tiff) % 2
-    body = directory(found.values(), order, base)
-    return tiff[:4] + struct.pack(order + "I", base) + tiff[8:].ljust(base - 8, b"\0") + body
+    end = file.seek(0, io.SEEK_END)
+    base = end + end % 2
+    file.write(b"\0" * (base - end) + directory(found.values(), order, base))
+    file.seek(4)
+    file.write(struct.pack(order + "I", base))
 
 
-def chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+def chunks(data: bytes | memoryview) -> Iterator[tuple[bytes, bytes | memoryview]]:
     """Walk through the chunks of a PNG file.
 
     Yields:
@@ -420,10 +444,11 @@ def bare_png(data: bytes) -> bytes:
 
 def png(parts: Collection[tuple[bytes, bytes]]) -> bytes:
     """Write a PNG file from the names and contents of its chunks."""
-    return _PNG + b"".join(_chunk(name, data) for name, data in parts)
+    return _PNG + b"".join(chunk(name, data) for name, data in parts)
 
 
-def _chunk(name: bytes, data: bytes) -> bytes:
+def chunk(name: bytes, data: bytes) -> bytes:
+    """Return a chunk of PNG with its length and check sum."""
     return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
 
@@ -431,10 +456,10 @@ def into_png(data: bytes, exif: bytes | None, icc: bytes | None, xmp: bytes | No
     """Add metadata to a PNG file that has none, right behind its header."""
     added = b""
     if icc:
-        added += _chunk(b"iCCP", b"ICC profile\0\0" + zlib.compress(icc))
+        added += chunk(b"iCCP", b"ICC profile\0\0" + zlib.compress(icc))
     if exif:
-        added += _chunk(b"eXIf", exif)
+        added += chunk(b"eXIf", exif)
     if xmp:
-        added += _chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + xmp)
+        added += chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + xmp)
     header = len(_PNG) + 12 + 13
     return data[:header] + added + data[header:]

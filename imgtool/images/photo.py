@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[Any]
 
+LARGE = 64_000_000
+"""Pixels of a photo from which memory counts more than all else."""
+
 _NEAREST_EIGHT_BIT: Array = ((np.arange(65536) + 128) // 257).astype(np.uint8)
 
 
@@ -22,7 +25,8 @@ class Photo:
 
     Attributes:
         pixels: ``(H, W, 3)`` RGB, C-contiguous: uint8, uint16 (full range) or float32 (nominally
-            0..1, other values are kept).
+            0..1, other values are kept). Of a grey photo made by ``with_pixels``, the three are one memory,
+            that is not to be written to.
         alpha: ``(H, W)`` of the same type, not multiplied into the pixels; None where there is none.
         grey: True where the file had one channel; the three are then equal.
         exif: EXIF block (a TIFF structure, without "Exif" in front), orientation 1.
@@ -40,11 +44,34 @@ class Photo:
     format: str = ""
 
     def with_pixels(self, pixels: Pixels) -> Photo:
-        """Return this photo with other pixels; alpha takes their type and stays where its size fits."""
+        """Return this photo with other pixels; alpha takes their type and stays where its size fits.
+
+        Args:
+            pixels: ``(H, W, 3)``; or ``(H, W)``, which makes the photo grey, without its ICC profile
+                where that is not for grey.
+        """
         fits = self.alpha is not None and self.alpha.shape == pixels.shape[:2]
         alpha = convert(self.alpha, pixels.dtype) if fits and self.alpha is not None else None
+        if pixels.ndim == 2:
+            icc = self.icc if (self.icc or b"")[16:20] == b"GRAY" else None
+            return replace(self, pixels=_three(pixels), alpha=alpha, grey=True, icc=icc)
         plain: Array = np.ascontiguousarray(pixels)
         return replace(self, pixels=plain, alpha=alpha)
+
+    def rows(self, first: int, last: int) -> Photo:
+        """Return the photo of some of the rows, not copied."""
+        alpha = None if self.alpha is None else self.alpha[first:last]
+        return replace(self, pixels=self.pixels[first:last], alpha=alpha)
+
+
+def _three(grey: Array) -> Array:
+    """Return ``(H, W)`` as three equal channels in the same memory."""
+    return np.broadcast_to(grey[..., None], (*grey.shape, 3))
+
+
+def is_large(height: int, width: int) -> bool:
+    """Tell whether a photo is to be read and written without a second copy of it."""
+    return height * width >= LARGE
 
 
 def to_float(pixels: Array) -> npt.NDArray[np.float32]:
@@ -69,6 +96,8 @@ def convert(pixels: Array, dtype: npt.DTypeLike) -> Array:
     wanted = np.dtype(dtype)
     if pixels.dtype == wanted:
         return pixels
+    if pixels.ndim == 3 and not pixels.strides[2]:
+        return _three(convert(pixels[..., 0], wanted))
     if pixels.dtype == np.uint16 and wanted == np.uint8:
         eight: Array = _NEAREST_EIGHT_BIT[pixels]
         return eight
@@ -106,6 +135,6 @@ def merge(photo: Photo) -> Array:
     colour: Array = photo.pixels
     if photo.grey:
         first = colour[..., 0]
-        same = np.array_equal(first, colour[..., 1]) and np.array_equal(first, colour[..., 2])
+        same = not colour.strides[2] or all(np.array_equal(first, colour[..., i]) for i in (1, 2))
         colour = first if same else to_type(_mean(colour), colour.dtype)
     return np.ascontiguousarray(colour if photo.alpha is None else np.dstack([colour, photo.alpha]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import mmap
 import struct
 import tempfile
 import warnings
@@ -21,8 +22,8 @@ from PIL import Image, ImageCms, UnidentifiedImageError
 
 from imgtool import files, raw
 from imgtool.errors import ImgtoolError
-from imgtool.images import metadata
-from imgtool.images.photo import Array, Photo, convert, split, turn
+from imgtool.images import large, metadata
+from imgtool.images.photo import Array, Photo, convert, is_large, split, turn
 
 WRITABLE = frozenset(files.FORMATS)
 """Suffixes of the photos that can be written, in lower case with their dot."""
@@ -56,6 +57,7 @@ _MODES = {"LA": "LA", "La": "LA", "PA": "RGBA", "RGBA": "RGBA", "RGBa": "RGBA", 
 _OPAQUE = {"1": "L", "L": "L", "RGB": "RGB", "P": "RGB"}
 _TRANSPARENT = {"1": "LA", "L": "LA", "RGB": "RGBA", "P": "RGBA"}
 _PNG_GREY, _PNG_GREY_ALPHA = 0, 4
+_JPEG_CHANNELS = {"L": 1, "RGB": 3}
 _AGAIN = "copy the file again from its source"
 _HEAD = 1 << 16
 
@@ -188,20 +190,25 @@ def _with_pillow(data: bytes, name: str, least: int = 0) -> Photo:
         deep = _deep_png(data) if kind == "png" else None
         image.load()  # also finds what stands behind the pixels
         pixels, alpha, grey = split(pillow_array(image) if deep is None else deep)
-        xmp = text_bytes(image.info.get("xmp") or image.info.get("XML:com.adobe.xmp"))
-        icc = text_bytes(image.info.get("icc_profile"))
-        return Photo(pixels, alpha, grey, _exif(image), icc, xmp, kind)
+        return _photo(image, pixels, alpha, grey)
 
 
-def _is_raw(head: bytes, suffix: str) -> bool:
+def _photo(image: Image.Image, pixels: Array, alpha: Array | None, grey: bool) -> Photo:
+    """Return a photo with what Pillow has found beside the pixels."""
+    xmp = text_bytes(image.info.get("xmp") or image.info.get("XML:com.adobe.xmp"))
+    icc = text_bytes(image.info.get("icc_profile"))
+    return Photo(pixels, alpha, grey, _exif(image), icc, xmp, _FORMATS[str(image.format)])
+
+
+def _is_raw(head: metadata.Data, suffix: str) -> bool:
     """Tell camera RAW by content; the suffix decides only where the content is TIFF or unknown."""
-    if raw.has_signature(head):
+    if raw.has_signature(head[:_HEAD]):
         return True
-    if head.startswith(_TIFF):
+    if head[:4] in _TIFF:
         # A first picture that is only a preview, or a DNG's version: RAW whatever it is called.
         preview = (metadata.tag_value(head, metadata.SUBFILE_TYPE) or 0) & 1
         return suffix in raw.SUFFIXES or preview == 1 or metadata.has_tag(head, metadata.DNG_VERSION)
-    return suffix in raw.SUFFIXES and not head.startswith(_PLAIN)
+    return suffix in raw.SUFFIXES and not head[:8].startswith(_PLAIN)
 
 
 def _with_libraw(path: Path, data: bytes) -> Photo:
@@ -228,6 +235,51 @@ def _upright(photo: Photo) -> Photo:
     return replace(photo, pixels=turn(photo.pixels, way), alpha=alpha, exif=exif, xmp=xmp)
 
 
+def _large(path: Path, name: str) -> Photo | None:
+    """Read a large photo without a second copy of it; None where it is not large, not plain, or broken."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(_HEAD)
+            file.seek(0)
+            if not head.startswith((*_PLAIN[:2], *_TIFF)) or _is_raw(head, path.suffix.lower()):
+                return None
+            width, height, _ = _header(file, head, name)
+            if not is_large(height, width):
+                return None
+            _check_size(name, width, height)
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            if not head.startswith(_TIFF):
+                return _with_opencv(path, data, height, width)
+            from imgtool.images import tiff
+
+            file.seek(0)
+            return None if _is_raw(data, "") else tiff.read(data, _check_nothing, name, file)
+    except FAULTS:
+        return None
+
+
+def _check_nothing(width: int, height: int) -> None:
+    """Find nothing wrong."""
+
+
+def _with_opencv(path: Path, data: mmap.mmap, height: int, width: int) -> Photo | None:
+    png = data[:2] != _PLAIN[0]
+    hollow, channels = large.hollow_png(data) if png else (large.hollow_jpeg(data), 0)
+    depth, kind = data[24:26] if png else (8, 0)
+    data.close()  # what is mapped counts as memory
+    with Image.open(io.BytesIO(hollow), formats=_OPENED) as image:
+        if png:
+            image.load()  # also finds what stands behind the pixels
+        channels = channels or _JPEG_CHANNELS.get(image.mode, 0)
+        dtype = np.uint16 if depth == 16 else np.uint8
+        array = large.decode(path, height, width, channels, dtype) if channels else None
+        if array is None:
+            return None
+        if channels < 4:
+            return _photo(image, *split(array))
+        return _photo(image, *large.split(array), kind == _PNG_GREY_ALPHA)
+
+
 def read(source: Path | bytes, name: str = "", least: int = 0) -> Photo:
     """Read a photo, upright, in its own bit depth.
 
@@ -245,6 +297,11 @@ def read(source: Path | bytes, name: str = "", least: int = 0) -> Photo:
         ImgtoolError: Code 2 where there is no such file; code 1 where it cannot be read or decoded.
     """
     shown = name or (str(source) if isinstance(source, Path) else "-")
+    if isinstance(source, Path) and not least:
+        with _guarded(shown):
+            photo = _large(source, shown)
+            if photo:
+                return _upright(photo)
     data = files.read(source) if isinstance(source, Path) else source
     if not data:
         raise _unknown(shown, data)

@@ -19,6 +19,7 @@ _NO_OR_HORIZONTAL_PREDICTOR = (1, 2)
 _GREY_OR_RGB = (0, 1, 2)
 _WHITE_IS_ZERO, _ASSOCIATED, _FLOAT, _PLANAR = 0, 1, 3, 2
 _PREVIEW_OR_MASK = 1 | 4
+_AT_ONCE = 1 << 24  # compressed bytes, which tifffile takes 256 MB of
 
 
 def _only_page(file: Any, name: str) -> Any:
@@ -35,14 +36,14 @@ def _check_strips(page: Any, length: int) -> None:
             raise ValueError("the file ends within its pixels")
 
 
-def _array(page: Any, data: bytes) -> Array:
+def _array(page: Any, data: metadata.Data) -> Array:
     """Decode a page: tifffile where it can alone, Pillow's and OpenCV's libtiff for the rest."""
     bits = page.bitspersample if isinstance(page.bitspersample, int) else 0
     compressed = page.compression not in _PLAIN_COMPRESSIONS
     odd = page.predictor not in _NO_OR_HORIZONTAL_PREDICTOR or page.photometric not in _GREY_OR_RGB
     if bits in (8, 16, 32, 64) and not compressed and not odd:
         return _with_tifffile(page)
-    flat = metadata.upright(data)  # else libtiff would turn it first, and then we
+    flat = metadata.upright(bytes(data))  # else libtiff would turn it first, and then we
     if bits <= 8:
         from imgtool.images.reading import pillow_array
 
@@ -52,7 +53,7 @@ def _array(page: Any, data: bytes) -> Array:
 
 
 def _with_tifffile(page: Any) -> Array:
-    array: Array = page.asarray()
+    array: Array = page.asarray(buffersize=_AT_ONCE)
     if page.planarconfig == _PLANAR and array.ndim == 3:
         array = np.moveaxis(array, 0, -1)
     if page.photometric == _WHITE_IS_ZERO:
@@ -87,20 +88,23 @@ def _unmultiplied(array: Array) -> Array:
     return to_type(np.concatenate([plain, alpha], axis=2), array.dtype)
 
 
-def read(data: bytes, check_size: Callable[[int, int], None], name: str) -> Photo:
+def read(
+    data: metadata.Data, check_size: Callable[[int, int], None], name: str, file: BinaryIO | None = None
+) -> Photo:
     """Read a TIFF of one photo, as it lies.
 
     Args:
         data: The file.
         check_size: Raises where (width, height) is too much.
         name: What messages call it.
+        file: The file itself, where there is one: pixels are then read straight into their array.
 
     Raises:
         ImgtoolError: Several pages, or channels that no photo has.
         ValueError: And others of the libraries' own, where the file is broken.
     """
-    with tifffile.TiffFile(io.BytesIO(data)) as file:
-        page = _only_page(file, name)
+    with tifffile.TiffFile(file or io.BytesIO(data)) as opened:
+        page = _only_page(opened, name)
         check_size(page.imagewidth, page.imagelength)
         _check_strips(page, len(data))
         array = _checked(_array(page, data), name)
@@ -125,19 +129,22 @@ def encode(photo: Photo) -> bytes:
     EXIF is kept as far as it speaks of the photo: description, maker, model, software, date, artist,
     copyright, resolution, rating, and the whole Exif and GPS directories.
     """
-    array = merge(photo)
     buffer = io.BytesIO()
-    tifffile.imwrite(
-        buffer,
-        array,
-        bigtiff=False,
-        byteorder=">" if metadata.byte_order(photo.exif or b"") == ">" else "<",
-        photometric="minisblack" if photo.grey else "rgb",
-        planarconfig="contig" if array.ndim == 3 else None,
-        extrasamples=None if photo.alpha is None else ["unassalpha"],
-        compression="zlib",
-        predictor=array.dtype.kind == "u",
-        metadata=None,
-        software=False,
-    )
-    return metadata.into_tiff(buffer.getvalue(), photo.exif, photo.icc, photo.xmp)
+    tifffile.imwrite(buffer, merge(photo), **options(photo))
+    metadata.add_to_tiff(buffer, photo.exif, photo.icc, photo.xmp)
+    return buffer.getvalue()
+
+
+def options(photo: Photo) -> dict[str, Any]:
+    """Return how tifffile is to write a photo."""
+    return {
+        "bigtiff": False,
+        "byteorder": ">" if metadata.byte_order(photo.exif or b"") == ">" else "<",
+        "photometric": "minisblack" if photo.grey else "rgb",
+        "planarconfig": None if photo.grey and photo.alpha is None else "contig",
+        "extrasamples": None if photo.alpha is None else ["unassalpha"],
+        "compression": "zlib",
+        "predictor": photo.pixels.dtype.kind == "u",
+        "metadata": None,
+        "software": False,
+    }

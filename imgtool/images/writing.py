@@ -5,9 +5,12 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import cv2
 import numpy as np
@@ -16,8 +19,8 @@ from PIL import Image
 from imgtool import files
 from imgtool.errors import ImgtoolError
 from imgtool.files import file_type
-from imgtool.images import metadata, tiff
-from imgtool.images.photo import Array, Photo, convert, merge
+from imgtool.images import metadata, streaming, tiff
+from imgtool.images.photo import Array, Photo, convert, is_large, merge
 from imgtool.images.reading import FAULTS, rgb_of_bgr
 
 _NAMES = {"jpg": "JPEG", "png": "PNG", "tif": "TIFF", "webp": "WebP"}
@@ -66,7 +69,7 @@ def losses(photo: Photo, format: str) -> list[str]:
 
     The lossy compression of JPEG and WebP is not counted.
     """
-    return _kept(photo, file_type(format))[1]
+    return _kept(photo.rows(0, 1), file_type(format))[1]
 
 
 def _png_of_two(array: Array) -> bytes:
@@ -96,19 +99,26 @@ def _plain_png(array: Array) -> bytes:
 
 def _lossy(photo: Photo, kind: str, quality: int) -> bytes:
     array = merge(photo)
-    exif = photo.exif
-    if kind == "jpg":
-        options: dict[str, Any] = {"subsampling": 0 if quality >= _FULL_COLOUR else 2}
-        exif = exif and b"Exif\0\0" + exif
-    else:
+    if kind == "webp":
         array = np.stack([array] * 3, axis=2) if array.ndim == 2 else array
         array = array[..., [0, 0, 0, 1]] if array.shape[2] == 2 else array
-        options = {"lossless": quality == 100, "exact": True}  # exact: colours under alpha 0 stay
-    told = {"exif": exif, "icc_profile": photo.icc, "xmp": photo.xmp}
-    options |= {name: value for name, value in told.items() if value}
     buffer = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(array)).save(buffer, _NAMES[kind], quality=quality, **options)
+    options = _options(photo, kind, quality)
+    Image.fromarray(np.ascontiguousarray(array)).save(buffer, _NAMES[kind], **options)
     return buffer.getvalue()
+
+
+def _options(photo: Photo, kind: str, quality: int) -> dict[str, Any]:
+    """Return how Pillow is to write a JPEG or WebP."""
+    options: dict[str, Any] = {"quality": quality}
+    exif = photo.exif
+    if kind == "jpg":
+        options["subsampling"] = 0 if quality >= _FULL_COLOUR else 2
+        exif = exif and b"Exif\0\0" + exif
+    else:
+        options |= {"lossless": quality == 100, "exact": True}  # exact: colours under alpha 0 stay
+    told = {"exif": exif, "icc_profile": photo.icc, "xmp": photo.xmp}
+    return options | {name: value for name, value in told.items() if value}
 
 
 def _check_edge(photo: Photo, kind: str) -> None:
@@ -129,17 +139,64 @@ def encode(photo: Photo, format: str, quality: int = 95) -> bytes:
     Raises:
         ImgtoolError: Code 2 for an unknown format; code 1 where the photo is too large for it.
     """
+    buffer = io.BytesIO()
+    encoder(photo, format, quality)(buffer)
+    return buffer.getvalue()
+
+
+def encoder(photo: Photo, format: str, quality: int = 95) -> Callable[[BinaryIO], object]:
+    """Return what writes a photo into an open file: small ones are encoded now, large ones piece by piece.
+
+    Args:
+        photo: As for ``encode``.
+        format: As for ``encode``.
+        quality: As for ``encode``.
+
+    Returns:
+        A function of a file that is empty, and can be read and sought too. It may raise what this does.
+
+    Raises:
+        ImgtoolError: As ``encode``.
+    """
     kind = file_type(format)
     _check_edge(photo, kind)
-    photo, _ = _kept(photo, kind)
+    if is_large(*photo.pixels.shape[:2]) and kind != "webp":
+        return partial(_in_bands, photo, kind, quality)
+    data = _encoded(_kept(photo, kind)[0], kind, quality)
+    return lambda file: file.write(data)
+
+
+@contextmanager
+def _told(kind: str) -> Iterator[None]:
+    """Turn the faults of the encoding libraries into one error; those of the system are ``files``'s."""
     try:
-        if kind == "png":
-            return metadata.into_png(_plain_png(merge(photo)), photo.exif, photo.icc, photo.xmp)
-        return tiff.encode(photo) if kind == "tif" else _lossy(photo, kind, quality)
+        yield
     except FAULTS as fault:
+        if isinstance(fault, OSError) and fault.errno:
+            raise
         raise ImgtoolError(
             f"cannot write {_NAMES[kind]}: {fault}", "try another format with --format"
         ) from None
+
+
+def _encoded(photo: Photo, kind: str, quality: int) -> bytes:
+    with _told(kind):
+        if kind == "png":
+            return metadata.into_png(_plain_png(merge(photo)), photo.exif, photo.icc, photo.xmp)
+        return tiff.encode(photo) if kind == "tif" else _lossy(photo, kind, quality)
+
+
+def _in_bands(photo: Photo, kind: str, quality: int, file: BinaryIO) -> None:
+    top = _kept(photo.rows(0, 1), kind)[0]
+    whole = replace(top, pixels=photo.pixels, alpha=top.alpha if top.alpha is None else photo.alpha)
+    bands = streaming.Bands(whole, lambda first, last: merge(_kept(whole.rows(first, last), kind)[0]))
+    with _told(kind):
+        if kind == "png":
+            streaming.png(file, bands)
+        elif kind == "tif":
+            streaming.tiff(file, bands, tiff.options(whole))
+        else:
+            streaming.jpeg(file, bands, _options(whole, kind, quality))
 
 
 def write(path: Path, photo: Photo, quality: int = 95, format: str = "") -> None:
@@ -148,4 +205,4 @@ def write(path: Path, photo: Photo, quality: int = 95, format: str = "") -> None
     Raises:
         ImgtoolError: As ``encode`` and ``files.atomic``.
     """
-    files.write(path, encode(photo, format or path.suffix, quality))
+    files.fill(path, encoder(photo, format or path.suffix, quality))

@@ -126,7 +126,7 @@ class Train(Model, Sources, common.Train):
     steps: int = setting(1200, "Optimiser steps in all.", panel=TRAINING, ge=1)
     batch: int = setting(32, "Samples per step.", panel=TRAINING, ge=1)
     epoch_steps: int = setting(250, "Steps between validations: one epoch.", panel=TRAINING, ge=1)
-    lr: float = setting(3e-3, "Peak learning rate of AdamW.", panel=TRAINING, gt=0)
+    lr: float = setting(3e-3, "Peak learning rate.", panel=TRAINING, gt=0)
     weight_decay: float = setting(1e-3, "AdamW weight decay.", panel=TRAINING, ge=0)
     ema: float = setting(
         0.995, "Decay of the averaged weights that are validated and kept.", panel=TRAINING, ge=0, lt=1

@@ -66,7 +66,7 @@ class Train(Model, Severity, common.Train):
     held_out: int = setting(
         24, "Validation crops, fixed, from photos that are not trained on.", panel="Data", ge=1
     )
-    lr: float = setting(1e-3, "Peak learning rate of AdamW.", panel="Training", gt=0)
+    lr: float = setting(1e-3, "Peak learning rate.", panel="Training", gt=0)
     loss: Literal["relative-mse", "charbonnier-fft", "msssim-charbonnier"] = setting(
         "relative-mse",
         "relative-mse: squared error as a share of the input's; charbonnier-fft: Charbonnier + spectrum; "

@@ -110,7 +110,7 @@ class Train(Model, Noise, common.Train):
     steps: int = setting(60_000, "Optimiser steps in all.", panel=TRAINING, ge=1)
     batch: int = setting(16, "Samples per step.", panel=TRAINING, ge=1)
     epoch_steps: int = setting(2000, "Steps between validations: one epoch.", panel=TRAINING, ge=1)
-    lr: float = setting(1e-3, "Peak learning rate of AdamW.", panel=TRAINING, gt=0)
+    lr: float = setting(1e-3, "Peak learning rate.", panel=TRAINING, gt=0)
     warmup: int = setting(500, "Steps over which the rate rises from zero.", panel=TRAINING, ge=0)
     loss: Literal["relative-mse", "charbonnier", "charbonnier-msssim", "original"] = setting(
         "relative-mse",

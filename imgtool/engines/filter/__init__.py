@@ -1,0 +1,1 @@
+"""The filter engine: small networks that imitate classical filters."""
