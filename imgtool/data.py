@@ -44,7 +44,10 @@ def run(engine: Engine, action: str, settings: Data, console: Console) -> int:
 
         record = engine.actions[action](settings, Watch(done, console.say))
     faults = record.get("faults")
-    lines = list(_lines({name: value for name, value in record.items() if name != "faults"}))
+    text = record.get("text")  # the same, as people like to read it
+    record = {name: value for name, value in record.items() if name != "text"}
+    shown = {name: value for name, value in record.items() if name != "faults"}
+    lines = [text] if isinstance(text, str) else list(_lines(shown))
     lines += [f"fault: {fault}" for fault in faults] if isinstance(faults, list) else []
     console.result(record, "\n".join(lines))
     return FAILED if faults else DONE

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 LARGEST = 1024
 """Side of a layer's weights, as a matrix, beyond which that side is not rotated."""
+SIDES = ("rows", "columns")
 
 
 class Soap(Optimizer):
@@ -18,7 +19,11 @@ class Soap(Optimizer):
 
     Vyas et al., "SOAP: Improving and stabilizing Shampoo using Adam", 2024. Weights of more than one
     dimension are matrices, outputs by all the rest; a vector is a matrix of one column. What it costs grows
-    with the cube of a layer's sides, not with the batch.
+    with the cube of a layer's sides, not with the batch. Parameters are float32 or float64.
+
+    As in the authors' code the basis turns by one step of orthogonal iteration, its vectors in the order of
+    their eigenvalues, largest first: in any other order each step would exchange vectors, whose squares are
+    averaged over many.
     """
 
     def __init__(
@@ -51,8 +56,8 @@ class Soap(Optimizer):
                     self._update(parameter, group)
 
     def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        gradient = parameter.grad.reshape(len(parameter), -1) if parameter.ndim else parameter.grad.view(1, 1)  # type: ignore[union-attr]
-        gradient = gradient.float().contiguous()
+        assert parameter.grad is not None
+        gradient = parameter.grad.reshape(len(parameter) if parameter.ndim else 1, -1).contiguous()
         state = self.state[parameter]
         if not state:
             _begin(state, gradient)
@@ -65,26 +70,39 @@ class Soap(Optimizer):
         mean = _turned(state["mean"], state) / (1 - first**count)
         move = mean / ((state["square"] / (1 - second**count)).sqrt() + 1e-8)
         parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        parameter.sub_(
-            group["lr"] * _turned(move, state, back=True).reshape(parameter.shape).to(parameter.dtype)
-        )
-        for side, product in (("rows", gradient @ gradient.T), ("columns", gradient.T @ gradient)):
+        parameter.sub_(group["lr"] * _turned(move, state, back=True).reshape(parameter.shape))
+        for axis, side in enumerate(SIDES):
             if side in state:
-                state[side].lerp_(product, 1 - second)
+                state[side].lerp_(_product(gradient, side), 1 - second)
                 if count % group["every"] == 0:
-                    basis = torch.linalg.qr(state[side] @ state[f"{side}_basis"])[0]
-                    state[f"{side}_basis"].copy_(basis)
+                    _turn(state, side, axis)
+
+
+def _product(gradient: Tensor, side: str) -> Tensor:
+    return gradient @ gradient.T if side == "rows" else gradient.T @ gradient
 
 
 def _begin(state: dict[str, Any], gradient: Tensor) -> None:
     """Begin the averages of a matrix of gradients, and the basis with its own."""
     state["step"] = torch.zeros((), dtype=torch.int64)
     state["mean"], state["square"] = torch.zeros_like(gradient), torch.zeros_like(gradient)
-    for side, product in (("rows", gradient @ gradient.T), ("columns", gradient.T @ gradient)):
-        if 1 < len(product) <= LARGEST:
-            state[side] = product
-            small = 1e-12 * torch.eye(len(product), device=product.device)
-            state[f"{side}_basis"] = torch.linalg.eigh(product + small)[1]
+    for side, length in zip(SIDES, gradient.shape, strict=True):
+        if 1 < length <= LARGEST:
+            state[side] = _product(gradient, side)
+            vectors = torch.linalg.eigh(state[side].cpu().double())[1].flip(1)
+            state[f"{side}_basis"] = vectors.to(gradient).contiguous()
+
+
+def _turn(state: dict[str, Any], side: str, axis: int) -> None:
+    """Bring the basis of a side nearer to the eigenvectors, and the squares into the order of its vectors."""
+    basis = state[f"{side}_basis"]
+    moved = state[side] @ basis
+    order = (basis * moved).sum(0).argsort(descending=True)
+    moved = moved[:, order]
+    if moved.device.type == "mps":  # which has no such decomposition
+        moved = moved.cpu()
+    basis.copy_(torch.linalg.qr(moved)[0])
+    state["square"].copy_(state["square"].index_select(axis, order))
 
 
 def _turned(matrix: Tensor, state: dict[str, Any], *, back: bool = False) -> Tensor:

@@ -242,6 +242,7 @@ class Processes:
         self._steps: dict[str, int] = {}
         self._results: dict[str, Found] = {}
         self._interrupted = False
+        self._asked: set[str] = set()
 
     def go(self) -> tuple[dict[str, Found], dict[str, str]]:
         """Run all that is left.
@@ -311,7 +312,7 @@ class Processes:
             self._running[name] = process
             threading.Thread(target=self._listen, args=(name, process), daemon=True).start()
             if self._interrupted:  # while it was begun
-                process.terminate()
+                self._ask_to_end(name)
 
     def _listen(self, name: str, process: subprocess.Popen[str]) -> None:
         assert process.stdout is not None
@@ -370,8 +371,14 @@ class Processes:
             raise KeyboardInterrupt
         self._interrupted = True
         self._waiting.clear()
-        for process in self._running.values():
-            process.terminate()
+        for name in list(self._running):
+            self._ask_to_end(name)
+
+    def _ask_to_end(self, name: str) -> None:
+        """Ask a run to save and end, once: it would take a second time for haste."""
+        if name not in self._asked:
+            self._asked.add(name)
+            self._running[name].terminate()
 
 
 def _record(line: str) -> dict[str, Any]:

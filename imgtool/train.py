@@ -108,12 +108,13 @@ def resumed(engine: Engine, settings: Train) -> Train:
 
 
 def _check_same_network(engine: Engine, begun: Train, wanted: Train) -> None:
-    """Refuse to go on with another network than the one that a run began with."""
-    for name in engine.model.model_fields:
+    """Refuse to go on with another network or optimiser than those that a run began with."""
+    parts = dict.fromkeys(engine.model.model_fields, "network") | {"optimiser": "optimiser"}
+    for name, part in parts.items():
         value = getattr(begun, name)
         if getattr(wanted, name) != value:
             flag = f"--{name.replace('_', '-')}"
-            what = f"the run was begun with {flag} {value}, and goes on with that network alone"
+            what = f"the run was begun with {flag} {value}, and goes on with that {part} alone"
             raise ImgtoolError(what, f"leave out {flag}, or begin anew", USAGE)
 
 

@@ -892,6 +892,15 @@ def test_a_log_that_cannot_be_written_is_one_error(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize(("begun", "wanted"), [("adamw", "soap"), ("soap", "adamw")])
+def test_a_run_goes_on_with_its_own_optimiser(begun: str, wanted: str, tmp_path: Path) -> None:
+    go(TOY, toy(tmp_path / "run", steps=4, optimiser=begun))
+    with pytest.raises(ImgtoolError, match=f"begun with --optimiser {begun}, and goes on with that opt"):
+        go(TOY, toy(tmp_path, resume=tmp_path / "run", steps=8, optimiser=wanted))
+
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_a_run_goes_on_with_its_own_network_alone(tmp_path: Path) -> None:
     go(TOY, toy(tmp_path))
     with pytest.raises(ImgtoolError, match=r"begun with --drop 0\.2") as caught:

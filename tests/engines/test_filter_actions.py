@@ -212,4 +212,5 @@ def test_the_list_of_filters_can_be_typed() -> None:
         given = ",".join(f"{name}={value}" for name, value in row["parameters"].items())
         assert targets.parse(f"{row['name']}:{given}").spec == row["name"]
         assert row["does"].endswith(".")
+        assert "`" not in row["does"]
     assert json.loads(json.dumps(rows)) == rows

@@ -312,6 +312,7 @@ def photos(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_all_shipped_networks_on_photos(call: Callable[..., Any], photos: Path, tmp_path: Path) -> None:
     done = call(photos=photos, report=tmp_path / "report", variants=True)
     assert done.code == 1  # untrained networks

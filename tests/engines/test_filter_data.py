@@ -27,6 +27,8 @@ def same(photo):
     return photo
 def grey(photo):
     return photo[..., 0]
+def own(photo):
+    return photo // np.uint8([1, 2, 1])
 def shifted(photo):
     return np.roll(photo, 1, axis=0)
 """
@@ -93,7 +95,7 @@ def test_beyond_its_border_a_photo_is_mirrored() -> None:
 def test_a_crop_knows_what_is_around_it() -> None:
     photos(2, busy)
     train = data.load(settings(target="sobel_3", seed=1))[0]
-    train.shape = dataclasses.replace(train.shape, turned=False)
+    train.shape = dataclasses.replace(train.shape, symmetries=data.Symmetries())
     held = {path.stem: images.read_rgb8(path) for path in Path("photos").glob("*.png")}
     for number in range(4):
         seen, wanted = arrays(train[number])
@@ -118,6 +120,8 @@ def _found(photo: Pixels, part: Pixels) -> tuple[int, int] | None:
 def _ways(target: str) -> set[tuple[int, int]]:
     """How rows and columns run through the samples of a position-coded photo."""
     train = data.load(settings(target=target, batch=40))[0]
+    turned = data.Symmetries(train.shape.symmetries.turned)
+    train.shape = dataclasses.replace(train.shape, symmetries=turned)
     found = set()
     for number in range(40):
         middle = arrays(train[number])[0][4:-4, 4:-4].astype(int)
@@ -137,17 +141,39 @@ def test_samples_are_turned_where_that_is_the_filters_own() -> None:
 
 
 @pytest.mark.parametrize(
-    ("spec", "symmetric"),
+    ("spec", "found"),
     [
-        ("sobel_3", True),
-        ("median:size=5", True),
-        ("bilateral", True),
-        ("random_conv", False),
-        ("canny", False),
+        ("sobel_3", (True, False, "same")),
+        ("median:size=5", (True, True, "negative")),
+        ("bilateral", (True, True, "negative")),
+        ("erode", (True, True, "")),
+        ("weighted_median", (True, False, "negative")),
+        ("random_conv", (False, False, "negative")),
+        ("canny", (False, False, "")),
     ],
 )
-def test_symmetry_is_found_out(spec: str, symmetric: bool) -> None:
-    assert data.symmetric(targets.parse(spec)) == symmetric
+def test_symmetries_are_found_out(spec: str, found: tuple[bool, bool, str]) -> None:
+    assert data.symmetries(targets.parse(spec)) == data.Symmetries(*found)
+
+
+def test_changed_samples_are_what_the_filter_makes_of_changed_photos() -> None:
+    photos(2, busy)
+    target = targets.parse("median:size=3")
+    train = data.load(settings(target="median:size=3", seed=1))[0]
+    for number in range(6):
+        seen, wanted = arrays(train[number])
+        made = target(np.ascontiguousarray(seen))[4:-4, 4:-4]
+        assert np.abs(made - wanted).max() < 2e-3
+    kinds = {arrays(train[number])[0].tobytes() for number in range(6)}
+    assert len(kinds) == 6
+
+
+def test_a_network_of_other_channels_than_the_filters_is_refused() -> None:
+    photos(2, busy)
+    for spec, channels, hint in (("sobel_3", "3", "leave out"), ("mine.py:grey", "auto", "--channels 1")):
+        with pytest.raises(ImgtoolError, match="channel") as caught:
+            data.load(settings(target=spec, channels=channels))
+        assert hint in caught.value.hint
 
 
 def test_samples_are_a_function_of_seed_and_number() -> None:
@@ -166,7 +192,7 @@ def test_samples_are_a_function_of_seed_and_number() -> None:
 
 def test_held_out_photos_are_not_trained_on() -> None:
     photos(30)
-    train, held = data.load(settings(batch=200, crop=32))
+    train, held = data.load(settings(target="mine.py:own", batch=200, crop=32))
     tones = [
         {int(examples[n].seen[2, 0, 0]) for n in range(count)}
         for examples, count in ((train, 200), (held, 40))
@@ -179,7 +205,7 @@ def test_held_out_photos_are_not_trained_on() -> None:
 def test_photos_to_validate_on_are_not_trained_on() -> None:
     photos(4)
     put("other/9.png", coded(60, 70, 9))
-    train, held = data.load(settings(validate_on=("other", "photos/1.png")))
+    train, held = data.load(settings(target="mine.py:own", validate_on=("other", "photos/1.png")))
     assert {int(train[n].seen[2, 0, 0]) for n in range(30)} == {0, 2, 3}
     assert {int(held[n].seen[2, 0, 0]) for n in range(6)} == {1, 9}
 

@@ -175,7 +175,11 @@ def _both(before: Path, after: Path) -> tuple[Any, Any]:
 
 
 def list_targets(settings: Targets, watch: Watch) -> Mapping[str, object]:
-    """Return the filters that can be imitated: what each does, its parameters, channels, and cost."""
+    """Return the filters that can be imitated: what each does, its parameters, channels, and cost.
+
+    The record's text is the same for people.
+    """
+    rows = [row._replace(sentence=row.sentence.replace("``", "")) for row in targets.overview()]
     return {
         "targets": [
             {
@@ -185,9 +189,20 @@ def list_targets(settings: Targets, watch: Watch) -> Mapping[str, object]:
                 "channels": row.channels,
                 "slow": row.slow,
             }
-            for row in targets.overview()
-        ]
+            for row in rows
+        ],
+        "text": "\n".join(f"{_spec(row)}  {_output(row)}\n    {row.sentence}" for row in rows),
     }
+
+
+def _spec(row: targets.Row) -> str:
+    """Return a filter as the command line takes it, with all parameters."""
+    given = ",".join(f"{name}={value:g}" for name, value in row.parameters.items())
+    return f"{row.name}:{given}" if given else row.name
+
+
+def _output(row: targets.Row) -> str:
+    return ("colour" if row.channels == 3 else "grey") + (", slow" if row.slow else "")
 
 
 ACTIONS: Mapping[str, Callable[..., Mapping[str, object]]] = {

@@ -113,10 +113,10 @@ def apply(net: Any, photo: Photo, settings: Infer, watch: Watch) -> Result:
             comparison with a filter that is known by its pairs alone.
     """
     image, facts = photo.pixels, tile_facts(net)
+    _check_target(net, settings)
     reference = None
     if settings.compare:
-        watch.say(f"the filter itself: {net.target}")
-        reference = to_type(blackbox.resolve(net.target)(image), image.dtype)
+        reference = to_type(_classical(net, settings)(image), image.dtype)
     height, width = image.shape[:2]
     plan = tiles.Plan(tiles.choose(height, width, settings.tile, 0, settings.memory * 1e9, facts), facts.halo)
     out, count, edge = _filtered(net, image, plan, watch)
@@ -126,6 +126,33 @@ def apply(net: Any, photo: Photo, settings: Infer, watch: Watch) -> Result:
         told["psnr"] = _psnr(out, reference)
     return Result(out, told, labels=("photo", "network", f"filter {net.target}")[: 3 - (reference is None)],
                   reference=reference)  # fmt: skip
+
+
+def _check_target(net: Any, settings: Infer) -> None:
+    """Refuse weights of another filter than the one that is named too."""
+    wanted = settings.target
+    if wanted.partition(":")[0] in targets.KINDS:
+        wanted = targets.parse(wanted).spec
+    if settings.weights and wanted not in ("", net.target):
+        what = f"the weights {settings.weights} imitate {net.target}, not {wanted}"
+        raise ImgtoolError(what, "leave out --target or --weights", USAGE)
+
+
+def _classical(net: Any, settings: Infer) -> targets.Target:
+    """Return the filter that a network imitates; code that only a weights file names is not run.
+
+    Raises:
+        ImgtoolError: Code 2.
+    """
+    ours = net.target.partition(":")[0] in (*targets.KINDS, blackbox.PAIRS)
+    if not ours and settings.target != net.target:
+        what = f"--compare would run {net.target}, which these weights name"
+        raise ImgtoolError(what, f"say that you want it: --target {net.target}", USAGE)
+    target = blackbox.resolve(net.target)
+    if target.channels != net.count:
+        what = f"{net.target} gives {target.channels} channel(s), and the network {net.count}"
+        raise ImgtoolError(what, "leave out --compare, or train again")
+    return target
 
 
 def _filtered(net: Any, image: Pixels, plan: tiles.Plan, watch: Watch) -> tuple[Pixels, int, int]:
@@ -181,19 +208,15 @@ def weights(settings: Any) -> str:
     """Return the name of the weights that imitate the filter that the settings name, "" for none named.
 
     Raises:
-        ImgtoolError: Code 2: no shipped weights imitate it.
+        ImgtoolError: Code 2: no shipped weights imitate it, or its parameters are wrong.
     """
     wanted = settings.target
     if not wanted or not isinstance(wanted, str):
         return ""
+    if wanted.partition(":")[0] in targets.KINDS:
+        wanted = targets.parse(wanted).spec  # parameters that are the default say nothing
     shipped = {name.removeprefix(PREFIX) for name in header.shipped() if name.startswith(PREFIX)}
     if wanted not in shipped:
-        what = f"no shipped weights imitate {wanted}"
-        raise ImgtoolError(what, f"{did_you_mean(wanted, sorted(shipped))}; or train your own", USAGE)
+        hint = f"train your own, or take others: {did_you_mean(wanted, sorted(shipped))}"
+        raise ImgtoolError(f"no shipped weights imitate {wanted}", hint, USAGE)
     return PREFIX + wanted
-
-
-def check(settings: Infer) -> None:
-    """Refuse weights and a filter named at once."""
-    if settings.target and settings.weights:
-        raise ImgtoolError("--target and --weights both name weights", "give one of them", USAGE)

@@ -54,6 +54,8 @@ def resolve(spec: str, beside: Path | None = None) -> Target:
     word = spec.partition(":")[0]
     if word == PAIRS:
         raise ImgtoolError(f"{spec} is no function", "its results exist for its own photos only", USAGE)
+    if spec.endswith((".py", ":")):
+        raise ImgtoolError(f"{spec} names no function", WRITE, USAGE)
     if word in targets.KINDS or not where or "=" in name:
         return targets.parse(spec)
     if not name.isidentifier():
@@ -114,7 +116,8 @@ def _function(spec: str, folder: Path) -> Callable[[Pixels], Any]:
     try:
         module = _of_file(folder / where) if where.endswith(".py") else _of_name(where, folder)
     except (Exception, SystemExit) as fault:  # a module may do anything when it is imported
-        raise ImgtoolError(f"{spec}: cannot import {where}: {_words(fault)}", WRITE, USAGE) from fault
+        hint = WRITE if isinstance(fault, ModuleNotFoundError | FileNotFoundError) else f"look into {where}"
+        raise ImgtoolError(f"{spec}: cannot import {where}: {_words(fault)}", hint, USAGE) from fault
     found = getattr(module, name, None)
     if not callable(found):
         there = "is no function" if hasattr(module, name) else "is not there"

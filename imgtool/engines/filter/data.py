@@ -27,7 +27,7 @@ from torch.utils.data import get_worker_info
 
 import imgtool
 from imgtool import files, images, samples
-from imgtool.engines.filter import blackbox, model, stream, synthetic
+from imgtool.engines.filter import blackbox, model, stream, synthetic, targets
 from imgtool.engines.filter.sample import Sample
 from imgtool.engines.filter.targets import Target
 from imgtool.errors import USAGE, ImgtoolError
@@ -48,7 +48,7 @@ MARGIN = 32
 DIGEST = 16
 """Bytes in front of a map in the cache folder, by which a damaged one is known."""
 ALIKE = 0.1 / 255
-"""Mean difference up to which a filter of a turned picture is that of the picture, turned."""
+"""Mean difference up to which what a filter makes of a changed picture is its result, changed."""
 
 
 class Mapped(NamedTuple):
@@ -95,25 +95,67 @@ def window(photo: Picture, name: str, edge: int = WINDOW) -> Picture:
 
 
 def as_map(found: Picture) -> Picture:
-    """Return a filter's map ``(H, W)`` or ``(H, W, C)`` as it is held: ``(H, W, C)`` float16."""
-    return np.ascontiguousarray(found[..., None] if found.ndim == 2 else found, np.float16)
+    """Return a filter's map ``(H, W)`` or ``(H, W, C)`` as it is held: ``(H, W, C)``.
+
+    That is uint8 where the filter computes in 8 bits, which halves what it takes, else float16.
+    """
+    plain = found[..., None] if found.ndim == 2 else found
+    levels = np.rint(255 * plain)
+    exact = levels.min(initial=0) >= 0 and levels.max(initial=0) <= 255
+    if exact and float(np.abs(255 * plain - levels).max(initial=0)) < 1e-3:
+        return np.ascontiguousarray(levels, np.uint8)
+    return np.ascontiguousarray(plain, np.float16)
 
 
-def symmetric(target: Target) -> bool:
-    """Tell whether a filter of a mirrored or turned picture is that of the picture, mirrored or turned.
+@dataclass(frozen=True)
+class Symmetries:
+    """Changes of a photo that a filter goes along with: they make several samples of one.
 
-    Where it is not, as with directed kernels, or iterations that sweep in one direction, turned samples would
-    teach what the filter does not do. A small drawn picture tells.
+    Attributes:
+        turned: What it makes of a photo mirrored and turned is its result, mirrored and turned.
+        colours: What it makes of a photo whose colours are exchanged is its result, with them exchanged.
+        negative: What it makes of a negative: "negative" of the result, the "same" result, or "" neither.
+    """
+
+    turned: bool = False
+    colours: bool = False
+    negative: str = ""
+
+    def changed(self, seen: Picture, wanted: Picture, rng: np.random.Generator) -> tuple[Picture, Picture]:
+        """Return a sample changed at random: what a network sees, uint8, and what is wanted, float32."""
+        if self.turned:
+            quarter, mirror = int(rng.integers(4)), bool(rng.integers(2))
+            seen, wanted = (np.rot90(p[:, ::-1] if mirror else p, quarter) for p in (seen, wanted))
+        if self.colours:
+            order = rng.permutation(3)
+            seen, wanted = seen[..., order], wanted[..., order] if wanted.shape[2] == 3 else wanted
+        if self.negative and rng.random() < 0.5:
+            seen = 255 - seen
+            wanted = 1 - wanted if self.negative == "negative" else wanted
+        return seen, wanted
+
+
+def symmetries(target: Target) -> Symmetries:
+    """Try a filter on a small drawn picture.
+
+    Where it does not go along, as with directed kernels, iterations that sweep in one direction, or grey that
+    weighs the colours, changed samples would teach what the filter does not do.
     """
     probe = synthetic.leaves(np.random.default_rng(1), 40, 56)
     photo = images.to_type(probe, np.uint8)
     plain = target.map(photo)
 
-    def differs(turned: Picture, wanted: Picture) -> bool:
-        found = target.map(np.ascontiguousarray(turned))
-        return found.shape != wanted.shape or float(np.abs(found - wanted).mean()) > ALIKE
+    def alike(changed: Picture, wanted: Picture) -> bool:
+        found = target.map(np.ascontiguousarray(changed))
+        return found.shape == wanted.shape and float(np.abs(found - wanted).mean()) <= ALIKE
 
-    return not (differs(photo[:, ::-1], plain[:, ::-1]) or differs(np.rot90(photo), np.rot90(plain)))
+    order = [1, 2, 0]
+    forms = {"negative": 1 - plain, "same": plain}
+    return Symmetries(
+        alike(photo[:, ::-1], plain[:, ::-1]) and alike(np.rot90(photo), np.rot90(plain)),
+        alike(photo[..., order], plain[..., order] if plain.shape[2:] == (3,) else plain),
+        next((name for name, wanted in forms.items() if alike(255 - photo, wanted)), ""),
+    )
 
 
 # --- sources ---------------------------------------------------------------------------------
@@ -152,9 +194,11 @@ def _kept(place: Path, shape: tuple[int, int, int]) -> Picture | None:
     except ImgtoolError:
         return None
     told, content = data[:DIGEST], data[DIGEST:]
-    if len(content) != 2 * math.prod(shape) or hashlib.sha256(content).digest()[:DIGEST] != told:
+    kind = np.uint8 if len(content) == math.prod(shape) else np.float16
+    size = np.dtype(kind).itemsize * math.prod(shape)
+    if len(content) != size or hashlib.sha256(content).digest()[:DIGEST] != told:
         return None
-    return np.frombuffer(content, np.float16).reshape(shape)
+    return np.frombuffer(content, kind).reshape(shape)
 
 
 def _keep(place: Path, wanted: Picture) -> None:
@@ -365,13 +409,13 @@ class Shape:
     Attributes:
         parts: The parts of the run, by which crops grow.
         reach: Pixels around a crop that the network sees.
-        turned: Whether samples are mirrored and turned.
+        symmetries: How samples are changed at random.
         drawn: Share of the samples that show drawn pictures.
     """
 
     parts: Sequence[Stage]
     reach: int
-    turned: bool = False
+    symmetries: Symmetries = Symmetries()
     drawn: float = 0.0
 
     def crop(self, number: int) -> int:
@@ -380,7 +424,7 @@ class Shape:
 
 
 class Samples(samples.Order[Source]):
-    """The data set: sources in proportion to their sizes, crops with their surroundings, flips, rotations."""
+    """The data set: crops of sources in proportion to their sizes, with surroundings, changed at random."""
 
     def __init__(
         self, sources: Sequence[Source], seed: int, length: int, shape: Shape, drawn: Source | None = None
@@ -409,10 +453,7 @@ class Samples(samples.Order[Source]):
         mapped = source.draw(index, rng, crop)
         top, left = (int(rng.integers(0, max(size - crop, 0) + 1)) for size in mapped.photo.shape[:2])
         seen, wanted = cut(mapped, (top, left), crop, reach)
-        if self.shape.turned:
-            quarter, mirror = int(rng.integers(4)), bool(rng.integers(2))
-            seen, wanted = (np.rot90(p[:, ::-1] if mirror else p, quarter) for p in (seen, wanted))
-        values = images.to_float(wanted)
+        seen, values = self.shape.symmetries.changed(seen, images.to_float(wanted), rng)
         return Sample(
             torch.from_numpy(np.ascontiguousarray(seen.transpose(2, 0, 1))),
             torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1))),
@@ -463,14 +504,14 @@ def load(settings: Train) -> tuple[Samples, Samples]:
         what = f"--crop {settings.crop} is no multiple of {net.multiple}, as this network needs"
         raise ImgtoolError(what, f"take {-(-settings.crop // net.multiple) * net.multiple}", USAGE)
     folder = settings.target.removeprefix(f"{blackbox.PAIRS}:")
-    (kept, held), drawn, turned = (
-        (_of_pairs(settings, Path(folder).expanduser()), None, False)
+    (kept, held), drawn, changes = (
+        (_of_pairs(settings, Path(folder).expanduser()), None, Symmetries())
         if folder != settings.target
-        else _of_filter(settings)
+        else _of_filter(settings, net.count)
     )
     parts = course(settings)
     share = settings.synthetic if kept else 1.0
-    train = Shape(parts, net.reach, turned, share if drawn else 0.0)
+    train = Shape(parts, net.reach, changes, share if drawn else 0.0)
     fixed = Shape([Stage(1, 1, settings.crop)], net.reach, drawn=0.0 if held else 1.0)
     length = settings.epoch_steps * settings.batch
     return (
@@ -487,9 +528,15 @@ def describe(examples: Samples) -> dict[str, Any]:
     return found | ({"synthetic": examples.shape.drawn} if examples.drawn else {})
 
 
-def _of_filter(settings: Train) -> tuple[Split, Source | None, bool]:
-    """Return the sources of a filter that can be run, that of drawn pictures, and whether to turn samples."""
+def _of_filter(settings: Train, count: int) -> tuple[Split, Source | None, Symmetries]:
+    """Return the sources of a filter that can be run, that of drawn pictures, and how to change samples."""
     target = blackbox.resolve(settings.target)
+    if target.channels != count:
+        what = f"{settings.target} gives {target.channels} channel(s), and the network {count}"
+        ours = settings.target.partition(":")[0] in targets.KINDS
+        raise ImgtoolError(
+            what, "leave out --channels" if ours else f"give --channels {target.channels}", USAGE
+        )
     _check_shares(settings)
     edge = max(WINDOW, course(settings)[-1].crop)
     reader = Reader(target, edge)
@@ -506,7 +553,7 @@ def _of_filter(settings: Train) -> tuple[Split, Source | None, bool]:
         streamed, first = _streamed(settings, target, not held)
         kept.append(streamed)
         held += first
-    return (kept, held), Drawn(target) if settings.synthetic else None, symmetric(target)
+    return (kept, held), Drawn(target) if settings.synthetic else None, symmetries(target)
 
 
 def _check_shares(settings: Train) -> None:

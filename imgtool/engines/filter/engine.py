@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 DECAY = 0.5
 """Of the held-out l2 from one validation to the next, where it decides when to stop."""
+SLOPES = 2
+"""Channels of a map that is no picture but two derivatives, -1..1."""
 
 
 def _seen(batch: Sample) -> Tensor:
@@ -54,8 +56,13 @@ def loss(net: nn.Module, batch: Sample, settings: Train) -> Terms:
 
 
 def score(net: nn.Module, batch: Sample) -> Terms:
-    """Return per crop: PSNR (dB), its gain over doing nothing, and the mean squared error ``l2``."""
-    output = metrics.to_8_bit(net(_seen(batch)).float())
+    """Return per crop: PSNR (dB), its gain over doing nothing, and the mean squared error ``l2``.
+
+    Of what an 8-bit file would hold; maps of slopes, which have both signs, are taken as they are.
+    """
+    output = net(_seen(batch)).float()
+    if output.shape[1] != SLOPES:
+        output = metrics.to_8_bit(output)
     psnr = metrics.psnr(output, batch.wanted)
     return {
         "psnr": psnr,
@@ -66,26 +73,30 @@ def score(net: nn.Module, batch: Sample) -> Terms:
 
 def enough(rows: Sequence[Mapping[str, Any]], settings: Train) -> str:
     """Return why a run may end now, "" where it goes on: the smoothed l2 is below the limit."""
-    if not settings.stop_below:
+    found = [row["scores"]["l2"] for row in rows]
+    if not settings.stop_below or not found or found[-1] is None:
         return ""
-    value = samples.smoothed([row["scores"]["l2"] for row in rows], DECAY)
+    value = samples.smoothed([each for each in found if each is not None], DECAY)
     if value >= settings.stop_below:
         return ""
     return f"the smoothed held-out l2, {value:.3g}, is below {settings.stop_below:g}"
 
 
 def sheet(net: Any, batch: Sample) -> dict[str, Tensor]:
-    """Return the columns of the sample sheet."""
+    """Return the columns of the sample sheet; two derivatives are shown in red and green."""
     first = Sample(*(part[:6] for part in batch))
     pictures = {
         "photo": model.inner(_seen(first), net.reach),
         "network": net(_seen(first)),
         "filter": first.wanted,
     }
-    return {
-        name: each.expand(-1, 3, -1, -1) if each.shape[1] == 1 else each[:, :3]
-        for name, each in pictures.items()
-    }
+    return {name: _coloured(each) for name, each in pictures.items()}
+
+
+def _coloured(maps: Tensor) -> Tensor:
+    if maps.shape[1] == SLOPES:
+        return F.pad(maps.abs(), (0, 0, 0, 0, 0, 1))
+    return maps.expand(-1, 3, -1, -1)
 
 
 ENGINE: Engine = Engine(
@@ -107,7 +118,6 @@ ENGINE: Engine = Engine(
     weights="filter-sobel_3",
     baseline=apply.baseline,
     begin=prune.begin,
-    check=apply.check,
     choose=apply.weights,
     stages=data.stages,
     describe=data.describe,

@@ -119,7 +119,7 @@ class Train(Model, Stream, common.Train):
     steps: int = setting(10_000, "Optimiser steps in all.", panel=TRAINING, ge=1)
     optimiser: Literal["adamw", "soap"] = setting(
         "soap",
-        "soap, Adam in the basis of the gradients' covariances, which gains 1 to 2 dB here; or adamw.",
+        "soap, Adam in the basis of the gradients' covariances; or adamw.",
         panel=TRAINING,
     )
     batch: int = setting(8, "Samples per step.", panel=TRAINING, ge=1)
@@ -147,7 +147,11 @@ class Infer(common.Infer):
     """Filter photos."""
 
     example: ClassVar[str] = "imgtool infer filter photo.jpg --target bilateral -o smooth.jpg --compare"
-    target: str = setting("", "Filter: takes the shipped weights that imitate it.", panel=NETWORK)
+    target: str = setting(
+        "",
+        "Filter: takes the shipped weights that imitate it; with --weights, what these must imitate.",
+        panel=NETWORK,
+    )
     compare: bool = setting(
         False,
         "Also write a sheet with the photo, the network's result and the classical filter's, "
