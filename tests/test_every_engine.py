@@ -43,7 +43,7 @@ NETWORKS = [
     ("isp", "lrfu", {}),
     ("isp", "punet", {"arch": "punet", "lr": 4e-3}),
     ("filter", "fold", {"lr": 2e-2}),
-    ("filter", "pooled", {"arch": "pooled", "target": "gaussian:sigma=3", "loss": "l2"}),
+    ("filter", "pooled", {"arch": "pooled", "target": "erode:size=9", "loss": "l2"}),
     ("filter", "unshuffle", {"arch": "unshuffle", "factor": 2, "width": 16}),
     ("filter", "dilated", {"arch": "dilated", "dilations": "1,3,1", "width": 8}),
     ("filter", "clapp", {"arch": "clapp"}),

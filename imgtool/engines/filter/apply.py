@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 Floats = npt.NDArray[np.float32]
 
 BLOCK = 256
-"""Edge of a block in pixels, at most: what a network holds of it stays in the cache of a core."""
+"""Edge of a block in pixels, at most: what a network holds of it stays in the cache of a CPU's core."""
+GPU_BLOCK = 1024
+"""The same on other devices, which smaller blocks would leave idle."""
 LARGE = 32_000_000
 """Pixels of a photo from which its map, in floats, is computed twice rather than held."""
 WHOLE = "clapp normalises over the whole image (GroupNorm), so every tile would get tones of its own"
@@ -39,7 +41,8 @@ PREFIX = "filter-"
 
 def block(net: Any) -> int:
     """Return the edge of a network's blocks in pixels: a multiple of its own."""
-    return BLOCK // int(net.multiple) * int(net.multiple)
+    edge = BLOCK if next(net.parameters()).device.type == "cpu" else GPU_BLOCK
+    return edge // int(net.multiple) * int(net.multiple)
 
 
 def tile_facts(net: Any) -> TileFacts:
