@@ -899,7 +899,6 @@ def test_a_run_goes_on_with_its_own_optimiser(begun: str, wanted: str, tmp_path:
         go(TOY, toy(tmp_path, resume=tmp_path / "run", steps=8, optimiser=wanted))
 
 
-
 @pytest.mark.usefixtures("undrawn")
 def test_a_run_goes_on_with_its_own_network_alone(tmp_path: Path) -> None:
     go(TOY, toy(tmp_path))

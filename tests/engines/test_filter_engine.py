@@ -126,8 +126,8 @@ def test_doing_nothing_is_the_photo_without_its_surroundings_or_black() -> None:
 # --- when it is enough ------------------------------------------------------------------------
 
 
-def rows(*values: float) -> list[dict[str, Any]]:
-    return [{"scores": {"l2": value}} for value in values]
+def rows(*values: float | None) -> list[dict[str, Any]]:
+    return [{"step": 10 * number, "scores": {"l2": value}} for number, value in enumerate(values, 1)]
 
 
 def test_it_is_enough_when_the_smoothed_error_is_below_the_limit() -> None:
@@ -142,11 +142,17 @@ def test_it_is_enough_when_the_smoothed_error_is_below_the_limit() -> None:
 
 def test_an_error_that_is_not_finite_is_not_enough() -> None:
     """The log has None for it; what follows is smoothed from what is known."""
-    broken: list[dict[str, Any]] = [{"scores": {"l2": None}}]
     settings = train(stop_below=2.6)
-    assert ENGINE.enough(broken, settings) == ""
-    assert ENGINE.enough(rows(1) + broken, settings) == ""
-    assert "1.5, is below" in ENGINE.enough(rows(2) + broken + rows(1), settings)
+    assert ENGINE.enough(rows(None), settings) == ""
+    assert ENGINE.enough(rows(1, None), settings) == ""
+    assert "1.5, is below" in ENGINE.enough(rows(2, None, 1), settings)
+
+
+def test_only_the_last_stage_is_enough_and_is_smoothed_by_itself() -> None:
+    settings = train(stop_below=2.6, stages=2, steps=40)
+    assert ENGINE.enough(rows(1, 1), settings) == ""
+    assert ENGINE.enough(rows(1, 1, 3), settings) == ""
+    assert "2, is below" in ENGINE.enough(rows(9, 9, 2), settings)
 
 
 # --- sheets -----------------------------------------------------------------------------------

@@ -72,8 +72,12 @@ def score(net: nn.Module, batch: Sample) -> Terms:
 
 
 def enough(rows: Sequence[Mapping[str, Any]], settings: Train) -> str:
-    """Return why a run may end now, "" where it goes on: the smoothed l2 is below the limit."""
-    found = [row["scores"]["l2"] for row in rows]
+    """Return why a run may end now, "" where it goes on: the smoothed l2 is below the limit.
+
+    It is smoothed anew in the last of the stages, and a run ends in no earlier one.
+    """
+    earlier = sum(part.steps for part in data.course(settings)[:-1])
+    found = [row["scores"]["l2"] for row in rows if row["step"] > earlier]
     if not settings.stop_below or not found or found[-1] is None:
         return ""
     value = samples.smoothed([each for each in found if each is not None], DECAY)

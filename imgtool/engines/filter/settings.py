@@ -137,7 +137,7 @@ class Train(Model, Stream, common.Train):
     )
     stop_below: float = setting(
         0.0,
-        "Stop when the smoothed l2 of the held-out crops falls below this; 0 never does.",
+        "Stop when the smoothed l2 of the held-out crops falls below this, in the last stage; 0 never does.",
         panel=TRAINING,
         ge=0,
     )
