@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from imgtool import images
-from imgtool.engines.filter import data, synthetic, targets
+from imgtool.engines.filter import data, sources, symmetry, synthetic, targets
 from imgtool.engines.filter.settings import Train
 from imgtool.errors import ImgtoolError
 from imgtool.images import Photo
@@ -95,7 +95,7 @@ def test_beyond_its_border_a_photo_is_mirrored() -> None:
 def test_a_crop_knows_what_is_around_it() -> None:
     photos(2, busy)
     train = data.load(settings(target="sobel_3", seed=1))[0]
-    train.shape = dataclasses.replace(train.shape, symmetries=data.Symmetries())
+    train.shape = dataclasses.replace(train.shape, symmetries=symmetry.Symmetries())
     held = {path.stem: images.read_rgb8(path) for path in Path("photos").glob("*.png")}
     for number in range(4):
         seen, wanted = arrays(train[number])
@@ -120,7 +120,7 @@ def _found(photo: Pixels, part: Pixels) -> tuple[int, int] | None:
 def _ways(target: str) -> set[tuple[int, int]]:
     """How rows and columns run through the samples of a position-coded photo."""
     train = data.load(settings(target=target, batch=40))[0]
-    turned = data.Symmetries(train.shape.symmetries.turned)
+    turned = symmetry.Symmetries(train.shape.symmetries.turned)
     train.shape = dataclasses.replace(train.shape, symmetries=turned)
     found = set()
     for number in range(40):
@@ -153,7 +153,7 @@ def test_samples_are_turned_where_that_is_the_filters_own() -> None:
     ],
 )
 def test_symmetries_are_found_out(spec: str, found: tuple[bool, bool, str]) -> None:
-    assert data.symmetries(targets.parse(spec)) == data.Symmetries(*found)
+    assert symmetry.symmetries(targets.parse(spec)) == symmetry.Symmetries(*found)
 
 
 def test_changed_samples_are_what_the_filter_makes_of_changed_photos() -> None:
@@ -284,21 +284,21 @@ def test_a_sample_is_as_large_as_its_part_of_the_run_wants() -> None:
 
 
 @pytest.fixture
-def counted() -> tuple[data.Reader, list[int]]:
+def counted() -> tuple[sources.Reader, list[int]]:
     calls: list[int] = []
 
     def run(photo: Pixels) -> Any:
         calls.append(1)
         return photo.astype(np.float32) / 255
 
-    return data.Reader(targets.Target("slow_one", run, 3, slow=True)), calls
+    return sources.Reader(targets.Target("slow_one", run, 3, slow=True)), calls
 
 
 def _cached() -> list[Path]:
     return [path for path in Path("cache").rglob("*") if path.is_file()]
 
 
-def test_a_slow_filter_runs_once(counted: tuple[data.Reader, list[int]]) -> None:
+def test_a_slow_filter_runs_once(counted: tuple[sources.Reader, list[int]]) -> None:
     reader, calls = counted
     path = put("a.png", busy(20, 30))
     first, second = reader(path), reader(path)
@@ -310,7 +310,7 @@ def test_a_slow_filter_runs_once(counted: tuple[data.Reader, list[int]]) -> None
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "bits", "longer"])
-def test_a_damaged_map_is_made_again(counted: tuple[data.Reader, list[int]], damage: str) -> None:
+def test_a_damaged_map_is_made_again(counted: tuple[sources.Reader, list[int]], damage: str) -> None:
     reader, calls = counted
     path = put("a.png", busy(20, 30))
     first = reader(path)
@@ -328,7 +328,7 @@ def test_a_damaged_map_is_made_again(counted: tuple[data.Reader, list[int]], dam
 
 
 def test_a_cache_that_cannot_be_written_costs_only_time(
-    counted: tuple[data.Reader, list[int]], monkeypatch: pytest.MonkeyPatch
+    counted: tuple[sources.Reader, list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reader, calls = counted
     Path("file").write_text("no folder")
@@ -346,12 +346,12 @@ def test_maps_of_fast_filters_are_not_kept() -> None:
 
 def test_of_a_large_photo_a_window_is_taken() -> None:
     photo = coded(100, 40)
-    part = data.window(photo, "name", 30)
+    part = sources.window(photo, "name", 30)
     top, left = (int(value) for value in part[0, 0, :2])
     assert part.shape == (30, 30, 3)
     assert np.array_equal(part, photo[top : top + 30, left : left + 30])
-    assert np.array_equal(part, data.window(photo, "name", 30))
-    assert data.window(photo, "name", 100) is photo
+    assert np.array_equal(part, sources.window(photo, "name", 30))
+    assert sources.window(photo, "name", 100) is photo
 
 
 # --- pairs -----------------------------------------------------------------------------------
@@ -396,7 +396,7 @@ def test_pairs_to_validate_on() -> None:
 def test_a_pair_of_two_sizes_is_named() -> None:
     put("a.png", coded(20, 20))
     put("b.png", coded(20, 21))
-    source = data.Pairs([(Path("a.png"), Path("b.png"))], *(Decoded(images.read_rgb8) for _ in range(2)))
+    source = sources.Pairs([(Path("a.png"), Path("b.png"))], *(Decoded(images.read_rgb8) for _ in range(2)))
     with pytest.raises(ImgtoolError, match=r"a\.png is 20x20, its output 21x20"):
         source.draw(0, np.random.default_rng(0), 16)
 

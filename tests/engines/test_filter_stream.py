@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 
 from imgtool import images
-from imgtool.engines.filter import data, stream
+from imgtool.engines.filter import data, stream, symmetry
 from imgtool.engines.filter.settings import Train
 from imgtool.engines.filter.stream import Buffer, Limits, Place
 from imgtool.errors import ImgtoolError
@@ -259,7 +259,7 @@ def test_samples_of_a_stream_show_none_of_its_held_out_pictures(monkeypatch: pyt
     )  # fmt: skip
     train, held = data.load(settings)
     assert {int(held[number].seen[0, 4, 4]) for number in range(3)} == {0, 1, 2}
-    train.shape = dataclasses.replace(train.shape, symmetries=data.Symmetries())
+    train.shape = dataclasses.replace(train.shape, symmetries=symmetry.Symmetries())
     seen = {int(train[number].seen[0, 4, 4]) for number in range(60)}
     assert seen == {3, 4, 5, 6, 7, 8}  # fewer are held at a time: it goes on
     about = data.describe(train)
