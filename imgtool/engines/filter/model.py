@@ -7,6 +7,7 @@ With three output channels a network learns the change of the photo, with one th
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +59,7 @@ def last(width: int, channels: int, residual: bool) -> nn.Conv2d:
     return layer
 
 
-class Local(nn.Module):
+class Local(nn.Module, ABC):
     """What local networks share.
 
     Attributes:
@@ -83,9 +84,9 @@ class Local(nn.Module):
         out = self.values(x)
         return out + inner(x, self.reach) if self.residual else out
 
+    @abstractmethod
     def values(self, x: Tensor) -> Tensor:
         """Return what the layers compute: a change, or the map."""
-        raise NotImplementedError
 
 
 class Fold(Local):
