@@ -244,6 +244,98 @@ class Report:
     tables: list[Table]
 
 
+@dataclass(frozen=True)
+class Axis:
+    """A length of an exported network's inputs that the user may choose, or leave free.
+
+    Attributes:
+        usual: Its length where nothing is said.
+        multiple: It must be a multiple of this.
+        least: Its smallest length.
+        free: Whether it may stay free in formats that know free lengths.
+    """
+
+    usual: int
+    multiple: int = 1
+    least: int = 1
+    free: bool = True
+
+
+@dataclass(frozen=True)
+class Slot:
+    """An input or an output of an exported network; float32.
+
+    Attributes:
+        name: Its name in the file.
+        shape: Lengths; a word is the name of an ``Axis``, or, of an output, an expression such as "2*height".
+        low: Least value that is meant.
+        high: Largest value that is meant; differences are judged as shares of ``high - low``, or of what the
+            output covers where that is more.
+        meaning: What it holds, with its unit, in a sentence.
+        picture: Whether it is ``(B, C, H, W)``; formats of phones store such as ``(B, H, W, C)``.
+    """
+
+    name: str
+    shape: tuple[int | str, ...]
+    low: float
+    high: float
+    meaning: str
+    picture: bool = False
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What arithmetic in 8 bits may cost, in the engine's own terms.
+
+    Attributes:
+        name: Such as "PSNR to torch" or "angle".
+        unit: Such as "dB" or "degrees".
+        of: ``(outputs of torch, outputs of the file) -> value`` for one set of inputs.
+        limit: The mean over real inputs must be at least, or at most, this.
+        higher_is_better: Its direction.
+    """
+
+    name: str
+    unit: str
+    of: Callable[[Sequence[Pixels], Sequence[Pixels]], float]
+    limit: float
+    higher_is_better: bool
+
+
+@dataclass(frozen=True)
+class Port:
+    """What a file that runs elsewhere holds of an engine: a network with named inputs and outputs.
+
+    Attributes:
+        module: Takes tensors in the order of ``inputs`` and returns one tensor, or a tuple in the order of
+            ``outputs``; in float64 it computes in float64. No branch of it depends on values.
+        inputs: What it takes.
+        outputs: What it gives.
+        axes: The words of the inputs' shapes.
+        before: The steps from a file to the inputs, in words.
+        after: The steps from the outputs to a result, in words.
+        real: ``(file, lengths of the axes) -> inputs`` of a real photo; arrays of float32.
+        made: ``(kind, lengths, generator) -> inputs`` without one: "noise", "flat", or "extreme" values.
+        facts: What ``Engine.ported`` needs beside the file; JSON.
+        loss: What 8 bits may cost; None judges by PSNR.
+        refuse: Format or precision to the reason why it makes no sense.
+        beside: Suffix to content of files that go with the file, such as ".tuning.json".
+    """
+
+    module: nn.Module
+    inputs: tuple[Slot, ...]
+    outputs: tuple[Slot, ...]
+    axes: Mapping[str, Axis]
+    before: str
+    after: str
+    real: Callable[[Path, Mapping[str, int]], tuple[Pixels, ...]]
+    made: Callable[[str, Mapping[str, int], Any], tuple[Pixels, ...]]
+    facts: Mapping[str, object] = field(default_factory=dict)
+    loss: Loss | None = None
+    refuse: Mapping[str, str] = field(default_factory=dict)
+    beside: Mapping[str, bytes] = field(default_factory=dict)
+
+
 class Crew(Protocol):
     """What ``Engine.campaign`` is given.
 
@@ -328,6 +420,11 @@ class Engine:
         drawn: Tells pictures that the engine's data actions draw: found in folders, they are no inputs.
         unfit: ``(suffix, file) -> words``: why a file beside makes no sense for an input, "" where it does.
             Of several inputs, such a one goes without it.
+        port: ``(net, settings of export) -> Port``: what an exported file holds. The net is torch's.
+        ported: ``(model, settings of infer) -> net``: an exported file that a runtime runs, a
+            ``runtime.Loaded``, as what ``apply`` takes.
+        archived: ``(what the file says, arrays) -> run``: runs the NumPy archive of an engine that
+            exports one; ``run(*inputs) -> outputs``.
     """
 
     name: str
@@ -370,6 +467,9 @@ class Engine:
     drawn: Callable[[Path], bool] = lambda path: False
     unfit: Callable[[str, Path], str] = lambda suffix, path: ""
     choose: Callable[[Any], str] = lambda settings: ""
+    port: Callable[[nn.Module, Any], Port] | None = None
+    ported: Callable[[Any, Any], Any] | None = None
+    archived: Callable[[Mapping[str, Any], Mapping[str, Pixels]], Callable[..., Any]] | None = None
 
     def chosen(self, settings: Any) -> str:
         """Return the name of the weights for settings of ``infer`` or ``bench``: named, chosen or default."""

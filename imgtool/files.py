@@ -6,6 +6,7 @@ import errno
 import glob
 import json
 import os
+import shutil
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -171,6 +172,35 @@ def atomic(target: Path) -> Iterator[Path]:
         raise _unwritable(target, fault) from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """Give an empty folder beside the target that takes its place when the block succeeds.
+
+    When the block fails, nothing is left behind and an existing target stays as it was.
+
+    Raises:
+        ImgtoolError: The disk is full, the place may not be written, ...
+    """
+    blank = target.with_name(f".imgtool-{os.urandom(8).hex()}")
+    old = blank.with_suffix(".old")
+    try:
+        blank.mkdir(parents=True)
+    except OSError as fault:
+        raise _unwritable(target, fault) from None
+    try:
+        yield blank
+        if target.exists():
+            os.replace(target, old)
+        os.replace(blank, target)
+    except OSError as fault:
+        raise _unwritable(target, fault) from None
+    finally:
+        if old.exists() and not target.exists():
+            os.replace(old, target)
+        for folder in (blank, old):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from imgtool import engines, files, header, outputs, report, sheets
+from imgtool import engines, files, header, loading, outputs, report, sheets
 from imgtool.engine import Engine, Result, Watch
 from imgtool.errors import DONE, FAILED, USAGE, ImgtoolError
 from imgtool.settings import Infer, make
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from imgtool.images import Photo
 
 PAGE = "index.html"
+ARCHIVE = ".npz"
+"""Suffix of exported networks that NumPy alone runs."""
 
 
 @dataclass(frozen=True)
@@ -109,9 +111,16 @@ def _weights(engine: Engine, settings: Infer) -> Path | None:
 
 def plan(engine: Engine, settings: Infer) -> Mapping[str, object]:
     """Return what ``--dry-run`` tells: device, network and every output path."""
+    from imgtool import runtime
+
     path = _weights(engine, settings)
     about: dict[str, object] = {"device": "cpu", "weights": None, "parameters": 0}
-    if engine.prepare is None and path:
+    kind = runtime.kind_of(path) if path else ""
+    if path and engine.prepare and path.suffix.lower() == ARCHIVE:
+        kind = "numpy"
+    if path and kind:
+        about |= {"weights": path.stem, "parameters": None, "runtime": kind}
+    elif engine.prepare is None and path:
         from imgtool import checkpoint, compute
 
         net = checkpoint.network(engine, checkpoint.read_weights(path, engine.name))
@@ -300,16 +309,8 @@ class Batch:
         Raises:
             ImgtoolError: The device is not there, or the weights do not fit.
         """
-        if self.engine.prepare:
-            self.net = self.engine.prepare(self.weights, self.settings) if self.weights else None
-            return
-        from imgtool import checkpoint, compute
-
-        compute.use_threads(self.settings.threads)
-        if self.weights is None:
-            return
-        net = checkpoint.network(self.engine, checkpoint.read_weights(self.weights, self.engine.name))
-        self.net = compute.channels_last(net.to(compute.device(self.settings.device)))
+        if self.weights:
+            self.net = loading.network(self.engine, self.weights, self.settings, self.console.say)
 
     def work(self, bar: Bar) -> None:
         """Process every input, after a look at all of them where the engine wants one."""
@@ -503,7 +504,7 @@ class Batch:
         from imgtool import images
 
         form = _form(self.engine, self.settings, job)
-        after = _made(photo, result)
+        after = outputs.made(photo, result)
         if after is photo and photo.format == files.file_type(form):
             data = files.read(job.item.source) if job.item.source else self._stream
             return True, lambda file: file.write(data)
@@ -579,17 +580,3 @@ def _line(record: Mapping[str, Any], result: Result) -> str:
     note = "  left as it is" if record.get("untouched") else ""
     told = f"  {result.line}" if result.line else ""
     return f"{record['input']} -> {record['output']}  {size}{note}{told}"
-
-
-def _made(photo: Photo, result: Result) -> Photo:
-    """Return the photo that a result makes of one; the same object where nothing changes."""
-    from imgtool.images import metadata
-
-    if result.pixels is photo.pixels and result.alpha is None and not result.xmp:
-        return photo
-    after = photo.with_pixels(result.pixels)
-    if result.alpha is not None:
-        after = replace(after, alpha=result.alpha)
-    if result.xmp:
-        after = replace(after, xmp=metadata.with_xmp_properties(after.xmp, *metadata.AUX, result.xmp))
-    return after

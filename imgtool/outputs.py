@@ -8,11 +8,16 @@ import os
 import shutil
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from imgtool import files
 from imgtool.errors import ImgtoolError
+
+if TYPE_CHECKING:
+    from imgtool.engine import Result
+    from imgtool.images import Photo
 
 FIRST = "file"
 """Name of the first column of every table."""
@@ -124,3 +129,17 @@ def archive(path: Path, members: Mapping[str, Path]) -> None:
                 raise files.unreadable(source, fault) from None
             with opened, zipped.open(info, "w", force_zip64=source.stat().st_size >= 1 << 31) as member:
                 shutil.copyfileobj(opened, member, 1 << 20)
+
+
+def made(photo: Photo, result: Result) -> Photo:
+    """Return the photo that a result makes of one; the same object where nothing changes."""
+    if result.pixels is photo.pixels and result.alpha is None and not result.xmp:
+        return photo
+    from imgtool.images import metadata
+
+    after = photo.with_pixels(result.pixels)
+    if result.alpha is not None:
+        after = replace(after, alpha=result.alpha)
+    if result.xmp:
+        after = replace(after, xmp=metadata.with_xmp_properties(after.xmp, *metadata.AUX, result.xmp))
+    return after

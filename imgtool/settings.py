@@ -22,6 +22,7 @@ from imgtool.errors import USAGE, ImgtoolError
 VERBS: Mapping[str, str] = {
     "train": "Train a network.",
     "infer": "Run a network over photos.",
+    "export": "Write a network as a file that runs elsewhere, and prove it.",
     "bench": "Measure speed, memory and quality.",
     "data": "Make or check training data.",
 }
@@ -36,9 +37,10 @@ NETWORK = "Network"
 MODEL = "Model"
 DATA = "Data"
 MEASUREMENT = "Measurement"
+SERVICE = "Service"
 TRAINING = "Training"
 RUN = "Run"
-PANELS = (FILES, OUTPUT, DATA, MEASUREMENT, NETWORK, MODEL, TRAINING, RUN)
+PANELS = (FILES, OUTPUT, DATA, MEASUREMENT, NETWORK, SERVICE, MODEL, TRAINING, RUN)
 """The headings of help, in the order in which it shows them."""
 
 Place = Annotated[str, AfterValidator(os.path.expanduser)]
@@ -83,7 +85,10 @@ def _at_home(value: Any) -> Any:
 class Settings(BaseModel):
     """Base of all settings: frozen, no unknown names, usable from Python as keyword arguments."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True)
+    # A validator is built when its class is first used, not for every class of the package: it takes memory.
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True, defer_build=True
+    )
     example: ClassVar[str] = ""
 
     @field_validator("*", mode="after")
@@ -252,6 +257,65 @@ class Bench(Common):
         3, "Timed runs of each subject, interleaved; the fastest counts.", panel=MEASUREMENT, ge=1
     )
     report: Path | None = setting(None, "Write the figures and pictures into this folder.", panel=MEASUREMENT)
+
+
+class Export(Common):
+    """Write a network as a file that runs elsewhere, and prove it."""
+
+    threads: int = setting(1, "CPU threads of the runs that are compared; 0 takes all cores.", ge=0, le=1024)
+    to: Literal["onnx", "tflite", "pt2", "openvino", "azure-function", "docker"] = setting(
+        ..., "What is written: a model file, or a folder that serves the engine over HTTP.", panel=OUTPUT
+    )
+    out: Place | None = setting(
+        None,
+        "The file, or for azure-function and docker the folder [default: <weights>.<suffix> here].",
+        panel=OUTPUT,
+        short="-o",
+    )
+    force: bool = setting(False, "Overwrite files that exist.", panel=OUTPUT, short="-f")
+    weights: Place = setting(
+        "",
+        "Weights: a file or the name of shipped weights [default: the engine's own].",
+        panel=NETWORK,
+    )
+    size: str = setting(
+        "", "Size that the file is fixed to, HEIGHTxWIDTH [default: free, else the engine's usual one].",
+        panel=NETWORK,
+    )  # fmt: skip
+    dynamic: bool = setting(
+        False, "Leave sizes free, or say why that cannot be; --size is then only the example.", panel=NETWORK
+    )
+    precision: Literal["fp32", "fp16", "int8"] = setting(
+        "fp32", "Numbers in the file; inputs and outputs are float32 all the same.", panel=NETWORK
+    )
+    opset: int = setting(18, "ONNX: version of the operators.", panel=NETWORK, ge=18, le=23)
+    gpu_safe: bool = setting(
+        False, "TFLite: sub-pixel layers as transposed convolutions, which GPU delegates take.", panel=NETWORK
+    )
+    photos: tuple[Place, ...] = setting(
+        (),
+        "Photos, RAW files or folders of them to compare on and to calibrate 8 bits with [default: the few "
+        "that ship].",
+        panel=MEASUREMENT,
+    )
+    calibration: int = setting(
+        32, "int8: inputs taken from --photos to find the ranges.", panel=MEASUREMENT, ge=1, le=4096
+    )
+    largest: str = setting(
+        "1080x1920", "Largest size at which a file of free size is compared.", panel=MEASUREMENT
+    )
+    limit: float = setting(
+        0.0,
+        "Largest difference to torch in float64, as a share of the output's range [default: 1e-5, TFLite "
+        "1e-4, fp16 1/255]; for int8 what the engine counts in, such as least dB.",
+        panel=MEASUREMENT,
+        ge=0,
+    )
+    auth: Literal["function", "anonymous", "admin"] = setting(
+        "function", "azure-function: who may call it.", panel=SERVICE
+    )
+    max_mb: float = setting(25.0, "Largest request in 10^6 bytes.", panel=SERVICE, gt=0, le=1000)
+    max_megapixels: float = setting(36.0, "Largest photo in 10^6 pixels.", panel=SERVICE, gt=0, le=1000)
 
 
 class Data(Common):

@@ -57,11 +57,14 @@ class Plan:
         core: Largest edge of a core in pixels; 0 takes the photo whole.
         halo: Context on each side, a multiple of the network's multiple.
         strength: Share of the network's change that is applied.
+        window: Height and width that every tile reads, where the network takes no others; ``core`` is then
+            of no account.
     """
 
     core: int
     halo: int
     strength: float = 1.0
+    window: tuple[int, int] | None = None
 
 
 def _up(value: int, multiple: int) -> int:
@@ -91,11 +94,43 @@ def spans(size: int, core: int, halo: int, facts: TileFacts) -> list[Span]:
     return [Span(a, b, max(a - halo, low), min(_up(b, facts.multiple) + halo, high)) for a, b in cores]
 
 
+def windows(size: int, length: int, halo: int, facts: TileFacts) -> list[Span]:
+    """Cut one axis into cores of which each is read with exactly ``length`` pixels.
+
+    A window begins at a multiple of the network's grid: the first where the photo begins, the last so that it
+    holds the photo's end, and less than a grid beyond it, which is mirrored. A photo that is smaller than a
+    window is mirrored up to its end.
+
+    >>> [(s.start, s.stop, s.read_start) for s in windows(21, 12, 4, TileFacts(multiple=2))]
+    [(0, 8, 0), (8, 12, 4), (12, 14, 8), (14, 21, 10)]
+
+    Raises:
+        ImgtoolError: Nothing of a window is left without its halo.
+    """
+    if size <= length:
+        return [Span(0, size, 0, length)]
+    step = (length - 2 * halo) // facts.grid * facts.grid
+    if step < facts.grid:
+        raise ImgtoolError(
+            f"a file for {length} pixels leaves nothing of a tile but its context of {halo} on each side",
+            f"export it for free sizes, or for a size of {size}, or of {2 * halo + facts.grid} at least",
+        )
+    last = _up(size - length, facts.grid)
+    begins = [*range(0, last, step), last]
+    ends = [0, *(begin + halo for begin in begins[1:]), size]
+    return [Span(ends[i], ends[i + 1], begin, begin + length) for i, begin in enumerate(begins)]
+
+
 def cut(height: int, width: int, plan: Plan, facts: TileFacts) -> list[Tile]:
     """Return the tiles of a photo, row by row; their cores cover it exactly once."""
     halo = _up(plan.halo, facts.multiple)
-    columns = spans(width, plan.core, halo, facts)
-    return [Tile(row, column) for row in spans(height, plan.core, halo, facts) for column in columns]
+    if plan.window:
+        rows, columns = (
+            windows(*each, halo, facts) for each in zip((height, width), plan.window, strict=True)
+        )
+    else:
+        rows, columns = (spans(size, plan.core, halo, facts) for size in (height, width))
+    return [Tile(row, column) for row in rows for column in columns]
 
 
 def choose(height: int, width: int, tile: int | None, overlap: int, memory: float, facts: TileFacts) -> int:
@@ -161,6 +196,22 @@ class Source:
         if len(down) == down[-1] - down[0] + 1 and len(across) == across[-1] - across[0] + 1:
             return self.rows[down[0] : down[-1] + 1, across[0] : across[-1] + 1]
         return self.rows[np.ix_(down, across)]
+
+
+def middle(image: Pixels, height: int, width: int, shift: int = 0) -> npt.NDArray[np.float32]:
+    """Return the middle of ``(H, W, 3)`` in exactly this size, ``(height, width, 3)`` float32.
+
+    Integers are scaled to 0..1; what is smaller is mirrored.
+
+    Args:
+        image: The photo.
+        height: Rows wanted.
+        width: Columns wanted.
+        shift: Pixels to the right and down.
+    """
+    starts = [(have - want) // 2 + shift for have, want in zip(image.shape, (height, width), strict=False)]
+    rows = mirrored(starts[0], starts[0] + height, image.shape[0])
+    return unit(image[np.ix_(rows, mirrored(starts[1], starts[1] + width, image.shape[1]))])
 
 
 def unit(part: Pixels) -> npt.NDArray[np.float32]:

@@ -23,7 +23,7 @@ def blocks(text: str) -> list[str]:
 def typed(page: Path) -> list[str]:
     """Return every imgtool command that a page shows, one per line, without its comment."""
     lines = [line for block in blocks(page.read_text(encoding="utf-8")) for line in block.splitlines()]
-    found = [re.search(r"(?:^|\s|/)imgtool (train|infer|bench|data) [^|>&]*", line) for line in lines]
+    found = [re.search(r"(?:^|\s|/)imgtool (train|infer|export|bench|data) [^|>&]*", line) for line in lines]
     return [match.group().strip().removeprefix("/") for match in found if match]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,15 +14,16 @@ import torch
 import torch.nn.functional as F
 
 from imgtool import checkpoint, header, runtime
-from imgtool.engines.awb import convert, estimate, forward, model, worker
+from imgtool.engines.awb import estimate, exported, forward, model, port, worker
 from imgtool.engines.awb.engine import ENGINE
-from imgtool.engines.awb.settings import Model
+from imgtool.engines.awb.settings import Export, Model
 from imgtool.engines.awb.stats import of_linear
-from imgtool.errors import ImgtoolError
+from imgtool.errors import FAILED, ImgtoolError
+from imgtool.export import formats
+from imgtool.export.order import Order
 
 HIST = Model()
 SMALL = Model(arch="deepawb", channels="4,6,8", neurons=40, layers=2, height=61, width=90)
-MARK = "awb0123456789ab"
 
 
 def network(shape: Model) -> Any:
@@ -67,30 +70,18 @@ def test_numpy_is_torch(shape: Model) -> None:
     assert np.ptp(one, axis=0).max() > 0.01  # the answers depend on the frames
 
 
-@pytest.fixture(scope="module")
-def core(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Export the small network as ONNX."""
-    pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
-    path = tmp_path_factory.mktemp("core") / "core.onnx"
-    convert.to_onnx(network(SMALL), SMALL, path, MARK)
+def file_of(shape: Model, kind: str, folder: Path) -> Path:
+    """Export the network of a shape."""
+    told = port.port(network(shape), Export(to=kind))
+    about = {"format": "imgtool-export/1", "engine": "awb", "model": shape.model_dump(), "facts": told.facts}
+    for key, slots in (("inputs", told.inputs), ("outputs", told.outputs)):
+        last = {"layout": "NHWC"} if kind == "tflite" else {}
+        about[key] = [{"name": slot.name, **(last if slot.picture else {})} for slot in slots]
+    sizes = {name: axis.usual for name, axis in told.axes.items()}
+    free = frozenset(told.axes) if kind == "onnx" else frozenset()
+    path = folder / f"net.{kind}"
+    formats.FORMATS[kind].write(Order(told, sizes, free, about), path)
     return path
-
-
-def check_file(shape: Model, path: Path, kind: str) -> None:
-    net = network(shape)
-    one, two = gains(estimate.of_file(shape, state(net), path, kind)), gains(estimate.of_module(net, shape))
-    assert angle(one, two) < 1e-4
-    data = path.read_bytes()
-    for secret in (b"/work", b"/tmp", b"/home", b"site-packages", b".py", str(Path.cwd()).encode()):
-        assert secret not in data
-    assert [file.name for file in path.parent.iterdir()] == [path.name]  # weights are inside
-
-
-@pytest.mark.slow
-def test_an_onnx_file_is_torch(core: Path) -> None:
-    check_file(SMALL, core, "onnx")
-    assert MARK.encode() in core.read_bytes()
 
 
 @pytest.mark.slow
@@ -99,12 +90,15 @@ def test_an_onnx_file_is_torch(core: Path) -> None:
 @pytest.mark.parametrize("shape", [HIST, SMALL, Model(arch="deepawb")], ids=["hist", "small", "deepawb"])
 def test_every_file_of_every_network_is_torch(shape: Model, kind: str, tmp_path: Path) -> None:
     pytest.importorskip("litert_torch" if kind == "tflite" else "onnxscript")
-    path = tmp_path / f"core.{kind}"
-    {"onnx": convert.to_onnx, "tflite": convert.to_tflite}[kind](network(shape), shape, path, MARK)
-    check_file(shape, path, kind)
-    assert MARK.encode() in path.read_bytes()
+    path = file_of(shape, kind, tmp_path)
+    one, two = gains(exported.opened(path)), gains(estimate.of_module(network(shape), shape))
+    assert angle(one, two) < 1e-3
+    data = path.read_bytes()
+    for secret in (b"/work", b"/tmp", b"/home", b"site-packages", b".py", str(Path.cwd()).encode()):
+        assert secret not in data
+    assert [file.name for file in path.parent.iterdir()] == [path.name]  # weights are inside
     if shape is HIST:
-        assert len(path.read_bytes()) < 60_000
+        assert len(data) < 70_000
 
 
 @pytest.mark.parametrize("kind", ["onnx", "tflite"])
@@ -113,12 +107,13 @@ def test_the_files_that_ship_are_those_of_the_weights(kind: str) -> None:
     weights = header.SHIPPED / "awb-hist.safetensors"
     if not weights.is_file():
         pytest.skip("these weights do not ship yet")
-    path = convert.core_file(weights, kind)
-    assert path == weights.with_suffix("." + kind)
-    net: Any = checkpoint.network(ENGINE, checkpoint.read_weights(weights, "awb"))
-    assert convert.difference(net, net.shape, path, kind) < 1e-5
-    ours, theirs = worker.network(weights, "numpy"), worker.network(weights, kind, str(path))
+    found = exported.of_weights(weights, kind)
+    assert found.path == weights.with_suffix("." + kind)
+    ours, theirs = worker.network(weights, "numpy"), worker.network(found.path, kind)
     assert angle(gains(ours), gains(theirs)) < 1e-3
+    net: Any = checkpoint.network(ENGINE, checkpoint.read_weights(weights, "awb"))
+    net.score[0].bias.data += 1e-2
+    assert angle(gains(estimate.of_module(net, HIST)), gains(theirs)) > 1e-3  # the comparison can tell
 
 
 @pytest.mark.parametrize("stride", [1, 2, 3])
@@ -156,74 +151,73 @@ def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def test_the_file_beside_the_weights_is_taken_where_it_is_theirs(weights: Path) -> None:
+class Opened:
+    """An exported file of which only what it says is looked at."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.about = path, {"facts": {"mark": path.read_text()}}
+
+
+def marked() -> str:
+    return str(port.port(network(SMALL), Export(to="onnx")).facts["mark"])
+
+
+def test_the_file_beside_the_weights_is_taken_where_it_is_theirs(
+    weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(runtime, "open", Opened)
     beside = weights.with_suffix(".onnx")
-    beside.write_bytes(b"a file that says " + convert.mark(header.read(weights, "awb")).encode())
-    assert convert.core_file(weights, "onnx") == beside
+    beside.write_text(marked())
+    assert exported.of_weights(weights, "onnx").path == beside
     net = network(SMALL)
     net.mlp[0].bias.data += 1e-3
     checkpoint.save_weights(weights, ENGINE, SMALL, net.state_dict(), {})
     with pytest.raises(ImgtoolError, match="was not made from the weights"):
-        convert.core_file(weights, "onnx")
+        exported.of_weights(weights, "onnx")
 
 
-def test_what_was_converted_once_is_taken_from_the_cache(
+def test_what_was_exported_once_is_taken_from_the_cache(
     weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("onnxruntime")
-    made: list[str] = []
+    made: list[list[str]] = []
 
-    def convert_(path: Path, kind: str, target: Path) -> None:
-        made.append(kind)
-        target.parent.mkdir(parents=True)
-        target.write_bytes(b"converted")
+    def run(command: list[str], **values: Any) -> Any:
+        made.append(command)
+        Path(command[command.index("-o") + 1]).write_text(marked())
+        return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(convert, "_convert", convert_)
-    first = convert.core_file(weights, "onnx")
-    assert first == convert.core_file(weights, "onnx")
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(runtime, "open", Opened)
+    first = exported.of_weights(weights, "onnx").path
+    assert first == exported.of_weights(weights, "onnx").path
     assert first.is_relative_to(tmp_path / "cache")
-    assert made == ["onnx"]
+    assert len(made) == 1
+    assert made[0][1:8] == ["-m", "imgtool", "export", "awb", "--to", "onnx", "--weights"]
 
 
-def test_without_a_converter_the_extra_is_named(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_keeps_a_file_from_being_made_is_told(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnxruntime")
-    monkeypatch.setattr(convert, "find_spec", lambda name: None)
-    with pytest.raises(ImgtoolError, match="making one needs onnx and onnxscript") as caught:
-        convert.core_file(weights, "onnx")
-    assert "imgtool[export]" in caught.value.hint
+    said = json.dumps({"error": "no converter", "hint": "install it"})
+    answers = iter(
+        [
+            subprocess.CompletedProcess([], 1, f"\n{said}\n", ""),
+            subprocess.CompletedProcess([], 1, "", "a bug"),
+        ]
+    )
+    monkeypatch.setattr(subprocess, "run", lambda *given, **values: next(answers))
+    with pytest.raises(ImgtoolError, match="no converter") as caught:
+        exported.of_weights(weights, "onnx")
+    assert (caught.value.hint, caught.value.code) == ("install it", FAILED)
+    with pytest.raises(RuntimeError, match="a bug"):
+        exported.of_weights(weights, "onnx")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["onnx", "tflite"])
-def test_a_missing_file_is_converted(weights: Path, kind: str) -> None:
+def test_a_missing_file_is_exported(weights: Path, kind: str) -> None:
     pytest.importorskip("litert_torch" if kind == "tflite" else "onnxscript")
-    path = convert.core_file(weights, kind)
-    assert convert.mark(header.read(weights, "awb")).encode() in path.read_bytes()
-    assert convert.difference(network(SMALL), SMALL, path, kind) < 1e-5
-
-
-@pytest.mark.slow
-def test_a_file_of_another_network_differs(core: Path) -> None:
-    net = network(SMALL)
-    assert convert.difference(net, SMALL, core, "onnx") < 1e-6
-    net.blocks[1].norm.running_mean += 1e-3
-    assert convert.difference(net, SMALL, core, "onnx") > convert.CLOSE
-
-
-@pytest.mark.slow
-def test_a_network_that_answers_everything_alike_proves_nothing(core: Path) -> None:
-    net = network(SMALL)
-    torch.nn.init.zeros_(net.mlp[-1].weight)
-    assert convert.difference(net, SMALL, core, "onnx") == float("inf")
-
-
-@pytest.mark.slow
-def test_a_file_that_differs_from_torch_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
-    real = runtime.load
-    monkeypatch.setattr(runtime, "load", lambda path, kind: lambda x: real(path, kind)(x) + 1e-3)
-    with pytest.raises(ImgtoolError, match="differ from torch's"):
-        convert.to_onnx(network(SMALL), SMALL, tmp_path / "core.onnx")
-    assert not list(tmp_path.iterdir())
+    found = exported.of_weights(weights, kind)
+    assert found.about["facts"]["mark"] == marked()
+    assert angle(gains(exported.ported(found)), gains(estimate.of_module(network(SMALL), SMALL))) < 1e-3

@@ -106,14 +106,14 @@ def test_float32_is_timed_without_rounding_to_tf32(monkeypatch: pytest.MonkeyPat
     seen = []
 
     def times(*_: object) -> list[float]:
-        seen.append((torch.backends.cudnn.conv.fp32_precision, torch.is_grad_enabled()))  # type: ignore[attr-defined]
+        seen.append((torch.backends.cudnn.allow_tf32, torch.is_grad_enabled()))
         return [1.0]
 
     monkeypatch.setattr(latency, "times", times)
-    before = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    before = torch.backends.cudnn.allow_tf32
     latency.ladder(ENGINE.build(XS), (32, 32), CPU, 5, latency.FORMS[:2])
-    assert seen == [("ieee", False), ("tf32", False)]
-    assert torch.backends.cudnn.conv.fp32_precision == before  # type: ignore[attr-defined]
+    assert seen == [(False, False), (True, False)]
+    assert torch.backends.cudnn.allow_tf32 == before
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from imgtool.engine import Result, Watch
-from imgtool.engines.awb import classical, estimate, reading, sidecar, temperature
+from imgtool.engines.awb import estimate, reading, sidecar
 from imgtool.engines.awb.camera import GENERIC
 from imgtool.engines.awb.settings import Infer, Model
 from imgtool.engines.awb.stats import COVERED, AwbStats
-from imgtool.errors import ImgtoolError
+from imgtool.errors import USAGE, ImgtoolError
 
 if TYPE_CHECKING:
     from imgtool.engine import Pixels
@@ -26,6 +26,9 @@ White = tuple[float, float]
 
 FREE = ("bayes", "grey-world", "white-patch", "shades-of-grey", "grey-edge", "grayness-index")
 """The methods that no network serves."""
+
+EXPORTED = (".onnx", ".tflite", ".xml", ".pt2", ".npz")
+"""Suffixes of exported files, which are weights as well."""
 
 SHEET = "-methods.png"
 DIMMEST = 0.005
@@ -59,11 +62,11 @@ class Answer:
 
 def check(settings: Infer) -> None:
     """Raise what is wrong with the settings whatever the frame."""
-    from imgtool.engines.awb.tuning import Tuning
-
     sidecar.forms(settings.export)
     reading.rectangle(settings.mask)
     if not settings.ct_range.strip().isidentifier():  # a word may be a mode of the frame's tuning
+        from imgtool.engines.awb.tuning import Tuning
+
         Tuning.of(GENERIC).span(settings.ct_range)
 
 
@@ -84,11 +87,14 @@ def uses_weights(settings: Infer) -> bool:
 
 
 def prepare(path: Path, settings: Infer) -> Net:
-    """Load the network for the runtime that the settings name.
+    """Load the network for the runtime that the settings name; an exported file has its own.
 
     Raises:
-        ImgtoolError: As ``header.read``; or the runtime is not installed.
+        ImgtoolError: As ``header.read`` or ``exported.opened``; or the runtime is not installed, or is not
+            that of the file.
     """
+    if path.suffix.lower() in EXPORTED:
+        return _exported(path, settings)
     from imgtool import header
     from imgtool.settings import make
 
@@ -102,10 +108,19 @@ def prepare(path: Path, settings: Infer) -> Net:
 
         net = checkpoint.network(ENGINE, checkpoint.read_weights(path, "awb"))
         return estimate.of_module(net.to(compute.device(settings.device)), shape)
-    from imgtool.engines.awb import convert
+    from imgtool.engines.awb import exported
 
-    core = convert.core_file(path, settings.runtime)
-    return estimate.of_file(shape, weights.state, core, settings.runtime)
+    return exported.ported(exported.of_weights(path, settings.runtime))
+
+
+def _exported(path: Path, settings: Infer) -> Net:
+    from imgtool import runtime
+    from imgtool.engines.awb import exported
+
+    if settings.runtime not in ("numpy", runtime.kind_of(path)):
+        what = f"--runtime {settings.runtime} does not run {path}"
+        raise ImgtoolError(what, "leave it out: an exported file has its own", USAGE)
+    return exported.opened(path)
 
 
 def apply(
@@ -171,7 +186,7 @@ def by_method(name: str, stats: AwbStats, settings: Infer) -> White:
     Raises:
         ImgtoolError: The method finds nothing to go by.
     """
-    from imgtool.engines.awb import bayes
+    from imgtool.engines.awb import bayes, classical
 
     if name == "bayes":
         likeliest = bayes.bayes(stats, ct_range=settings.ct_range)
@@ -202,6 +217,8 @@ def decided(net: Net | None, stats: AwbStats, settings: Infer, say: Callable[[st
     mean = own.confidence is not None and not stats.camera.known
     if settings.fallback == "none" or not (why or mean):
         return own
+    from imgtool.engines.awb import classical
+
     try:
         white = classical.snapped(by_method(settings.fallback, stats, settings), stats.camera)
     except ImgtoolError as fault:
@@ -256,6 +273,8 @@ def _facts(answer: Answer, stats: AwbStats, settings: Infer) -> dict[str, Any]:
 
 def _light(stats: AwbStats, white: White) -> dict[str, float | None]:
     """Return colour temperature, Adobe's tint and Duv of a white, None where the camera does not tell."""
+    from imgtool.engines.awb import temperature
+
     camera = stats.camera
     light = temperature.of_white(*white, camera) if stats.domain == "raw" else None
     if light and light.ct <= sidecar.HOTTEST:
@@ -326,7 +345,7 @@ def compared(
 
 def baseline(image: Pixels) -> Pixels:
     """Correct a rendered photo classically: grey-world; one that has nothing to measure stays as it is."""
-    from imgtool.engines.awb import picture
+    from imgtool.engines.awb import classical, picture
     from imgtool.images import Photo
 
     stats = reading.of_photo(Photo(image), "")

@@ -7,7 +7,6 @@ process; memory is the peak resident set of the whole process, imports included.
 from __future__ import annotations
 
 import math
-import shutil
 import struct
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +19,7 @@ import numpy.typing as npt
 
 from imgtool import runtime
 from imgtool.engine import Budget, Report, Table
-from imgtool.engines.awb import accuracy, angles, convert, estimate, sets, worker
+from imgtool.engines.awb import accuracy, angles, estimate, exported, sets, worker
 from imgtool.engines.awb.settings import Model
 from imgtool.engines.awb.stats import AwbStats, of_linear
 from imgtool.errors import USAGE, ImgtoolError
@@ -55,8 +54,7 @@ class Subject:
     Attributes:
         network: What the tables call the network.
         runtime: What runs it.
-        weights: Its weights.
-        file: Its exported core, "" where the runtime takes none.
+        weights: Its weights, or the exported file that the runtime takes.
         frames: Timed calls.
         lacks: Why it cannot be measured, "" where it can.
         found: What was measured.
@@ -65,7 +63,6 @@ class Subject:
     network: str
     runtime: str
     weights: Path
-    file: str = ""
     frames: int = 300
     lacks: str = ""
     found: dict[str, Any] = field(default_factory=dict)
@@ -84,7 +81,7 @@ def run(settings: Bench, lab: Any) -> Report:
     entries = sets.dataset(settings.data, settings) if settings.data else []
     with tempfile.TemporaryDirectory(prefix="imgtool-") as name:
         folder = Path(name)
-        ours = staged(lab.weights.name, lab.path, runtimes, settings.frames, folder)
+        ours = staged(lab.weights.name, lab.path, runtimes, settings.frames)
         rivals = _original(runtimes, settings.frames, folder) if settings.original else []
         everyone = ours + rivals
         for subject in everyone:
@@ -118,26 +115,21 @@ def _runtimes(text: str) -> list[str]:
 # --- subjects -----------------------------------------------------------------------------------------
 
 
-def staged(network: str, path: Path, runtimes: Sequence[str], frames: int, folder: Path) -> list[Subject]:
-    """Lay weights and their exported files side by side into a folder, as ``infer`` wants them.
+def staged(network: str, path: Path, runtimes: Sequence[str], frames: int) -> list[Subject]:
+    """Return a network by several runtimes, its exported files made where they lack.
 
     Args:
         network: What tables call it.
         path: The weights.
         runtimes: What it shall be run by.
         frames: Timed calls.
-        folder: Where to; gets a folder of its own.
     """
-    weights = Path(tempfile.mkdtemp(dir=folder), path.name)
-    shutil.copyfile(path, weights)
     found = []
     for name in runtimes:
-        subject = Subject(network, name, weights, frames=frames)
-        if name in runtime.PACKAGES:
+        subject = Subject(network, name, path, frames=frames)
+        if name in ("onnx", "tflite"):
             try:
-                target = weights.with_suffix("." + name)
-                shutil.copyfile(convert.core_file(path, name), target)
-                subject.file = str(target)
+                subject.weights = exported.of_weights(path, name).path
             except ImgtoolError as fault:
                 subject.lacks = fault.what if runtime.installed(name) else "not installed"
         found.append(subject)
@@ -158,9 +150,8 @@ def _original(runtimes: Sequence[str], frames: int, folder: Path) -> list[Subjec
         state = model.build(shape).state_dict()
     path = folder / "original.safetensors"
     checkpoint.save_weights(path, ENGINE, shape, state, {})
-    return staged(
-        f"original (deepawb, {shape.height}x{shape.width})", path, runtimes, max(20, frames // FEWER), folder
-    )
+    name = f"original (deepawb, {shape.height}x{shape.width})"
+    return staged(name, path, runtimes, max(20, frames // FEWER))
 
 
 def _measure(subjects: Sequence[Subject], settings: Bench, folder: Path, lab: Any) -> None:
@@ -184,7 +175,7 @@ def _measure(subjects: Sequence[Subject], settings: Bench, folder: Path, lab: An
 
 def _core(subject: Subject) -> None:
     order = {"task": "core", "weights": str(subject.weights), "runtime": subject.runtime}
-    answer = worker.ask(order | {"file": subject.file, "frames": subject.frames})
+    answer = worker.ask(order | {"frames": subject.frames})
     answer.pop("gains")
     older = subject.found.get("core")
     if older:
@@ -290,7 +281,7 @@ def parity(subjects: Sequence[Subject], entries: Sequence[sets.Entry] = ()) -> d
             left out.
         entries: Frames of a data set, of which the first 32 that can be read are taken too.
     """
-    nets = {s.runtime: worker.network(s.weights, s.runtime, s.file) for s in subjects if not s.lacks}
+    nets = {s.runtime: worker.network(s.weights, s.runtime) for s in subjects if not s.lacks}
     seen = _some(entries) if len(nets) > 1 else []
     gains = {
         name: np.array([[1 / r, 1 / b] for r, b, _ in (estimate.white(net, stats) for stats in seen)])

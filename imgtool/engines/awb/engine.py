@@ -39,4 +39,7 @@ ENGINE: Engine = Engine(
     sheets=("-methods",),
     drawn=reading.is_drawn,
     unfit=sidecar.unfit,
+    port=later(f"{_HERE}.port", "port"),
+    ported=later(f"{_HERE}.exported", "ported"),
+    archived=later(f"{_HERE}.exported", "archived"),
 )

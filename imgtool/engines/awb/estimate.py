@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -26,6 +25,8 @@ DILATIONS = (1, 2, 4, 1)
 NEAR = 3.0
 """Degrees within which an estimate is called right: confidence is the probability of that."""
 
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
 
 class White(NamedTuple):
     """An estimate: R/G and B/G of white, and how likely it is right, NaN where the network cannot tell."""
@@ -41,52 +42,63 @@ class Net:
 
     Attributes:
         shape: Its settings.
-        state: Its parameters by name, float32.
-        core: Its part that runtimes run: ``(C, H, W)`` float32 to what the network makes of it.
+        run: From ``inputs`` to its answer, float32: the log probability ``(K,)`` of every candidate light, or
+            of ``deepawb`` R/G and B/G ``(2,)``.
+        parameters: How many numbers it has learnt; 0 where a file does not tell.
     """
 
     shape: Model
-    state: Mapping[str, Array]
-    core: Callable[[Array], Array]
+    run: Callable[..., Array]
+    parameters: int = 0
 
 
 def of_state(shape: Model, state: Mapping[str, Array]) -> Net:
-    """Return a network that NumPy runs."""
+    """Return a network that NumPy runs, of its parameters by name, float32."""
+    learnt = (values.size for name, values in state.items() if not name.endswith(_STATISTICS))
     if shape.arch == "hist":
-        return Net(shape, state, partial(forward.hist, state, dilations=DILATIONS))
+        return Net(shape, partial(forward.hist, state, dilations=DILATIONS), sum(learnt))
     strides = tuple(int(word) for word in shape.strides.split(","))
-    return Net(shape, state, partial(forward.deepawb, state, strides=strides, layers=shape.layers))
+    run = partial(forward.deepawb, state, strides=strides, layers=shape.layers)
+    return Net(shape, run, sum(learnt))
 
 
-def of_module(module: nn.Module, shape: Model) -> Net:
+def of_module(module: Any, shape: Model) -> Net:
     """Return a network that torch runs, on whichever device the module is."""
     import torch
 
     first = next(module.parameters())
+    answer = module.log_posterior if shape.arch == "hist" else module
 
-    def core(x: Array) -> Array:
+    def run(*given: Array) -> Array:
         with torch.inference_mode():
-            out = module(torch.from_numpy(x)[None].to(first.device))[0]
-        plain: Array = (out[0] if out.ndim == 3 else out).float().cpu().numpy()
+            out = answer(*(torch.from_numpy(each)[None].to(first.device) for each in given))[0]
+        plain: Array = out.float().cpu().numpy()
         return plain
 
-    return Net(
-        shape, {name: value.float().cpu().numpy() for name, value in module.state_dict().items()}, core
-    )
+    return Net(shape, run, sum(each.numel() for each in module.parameters()))
 
 
-def of_file(shape: Model, state: Mapping[str, Array], path: Path, kind: str) -> Net:
-    """Return a network that onnxruntime or LiteRT runs from an exported file."""
-    from imgtool import runtime
+def inputs(shape: Model, stats: AwbStats) -> tuple[Array, ...]:
+    """Return what a network takes of a frame.
 
-    run = runtime.load(path, kind)
+    Returns:
+        Of ``hist``: histograms ``(3, BINS, BINS)``, and of the K candidate lights their places ``(K, 2)``,
+        what the learned prior sees ``(K, 3)``, and the prior ``(K,)``. Of ``deepawb`` the picture
+        ``(3, H, W)``.
 
-    def core(x: Array) -> Array:
-        out = run(np.ascontiguousarray(x[None]))[0]
-        plain: Array = out[0] if out.ndim == 3 else out
-        return plain
-
-    return Net(shape, state, core)
+    Raises:
+        ImgtoolError: No cell of the frame counts.
+    """
+    seen = features.points(stats, features.Space.of(stats.camera))
+    if not len(seen.weight):
+        raise ImgtoolError(
+            f"{stats.name or 'the frame'} has nothing to measure: every pixel is black, saturated or masked",
+            "give a frame with other exposure, or check --black, --white and --mask",
+        )
+    if shape.arch == "deepawb":
+        return (features.picture(stats, shape.height, shape.width),)
+    lights = features.candidates(stats.camera)
+    return features.histograms(seen), lights.place, features.side(lights, stats.lux), lights.prior
 
 
 def white(net: Net | nn.Module, stats: AwbStats) -> White:
@@ -101,37 +113,16 @@ def white(net: Net | nn.Module, stats: AwbStats) -> White:
     """
     if not isinstance(net, Net):
         net = of_module(net, net.shape)  # type: ignore[arg-type]
-    space = features.Space.of(stats.camera)
-    seen = features.points(stats, space)
-    if not len(seen.weight):
-        raise ImgtoolError(
-            f"{stats.name or 'the frame'} has nothing to measure: every pixel is black, saturated or masked",
-            "give a frame with other exposure, or check --black, --white and --mask",
-        )
+    answer = net.run(*inputs(net.shape, stats))
     if net.shape.arch == "deepawb":
-        r, b = net.core(features.picture(stats, net.shape.height, net.shape.width))
+        r, b = answer
         return White(max(float(r), 0.02), max(float(b), 0.02), float("nan"))
-    lights = features.candidates(stats.camera)
-    scores = net.core(features.histograms(seen))
-    logits = _sampled(scores, lights.place) + lights.prior
-    logits += forward.prior(net.state, features.side(lights, stats.lux))
-    posterior = np.exp(logits - logits.max())
+    whites = features.candidates(stats.camera).white
+    posterior = np.exp(answer)
     posterior /= posterior.sum()
-    r, b = np.exp(posterior @ np.log(lights.white))
-    near = _apart(lights.white, float(r), float(b)) <= NEAR
+    r, b = np.exp(posterior @ np.log(whites))
+    near = _apart(whites, float(r), float(b)) <= NEAR
     return White(float(r), float(b), float(posterior[near].sum()))
-
-
-def _sampled(scores: Array, place: Array) -> Array:
-    """Return a score map's values at places, bilinearly; beyond its border the border's."""
-    at = np.clip((place / features.REACH + 1) * ((features.BINS - 1) / 2), 0, features.BINS - 1)
-    low = np.minimum(at.astype(np.int64), features.BINS - 2)
-    far = (at - low).astype(np.float32)
-    (i, j), (u, v) = low.T, far.T
-    above = scores[i, j] * (1 - v) + scores[i, j + 1] * v
-    below = scores[i + 1, j] * (1 - v) + scores[i + 1, j + 1] * v
-    sampled: Array = above * (1 - u) + below * u
-    return sampled
 
 
 def _apart(whites: Array, r: float, b: float) -> Array:

@@ -37,9 +37,12 @@ SPREAD = {"tuning": 0.01, "matrix": 0.05, "generic": 0.25}
 
 _ENDS = (3000.0, 7500.0)
 _LENGTH = 0.65
-_DARK = 0.01
-_FLAT = 0.002
-_BRIGHTEST = 4.0
+DARK = 0.01
+"""Share of the mean green that a cell must exceed to count."""
+FLAT = 0.002
+"""Share of the mean below which a channel is taken for that."""
+BRIGHTEST = 4.0
+"""How many times the mean a cell counts at most where cells count by brightness."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +104,7 @@ def points(stats: AwbStats, space: Space) -> Points:
         counts = (stats.coverage >= COVERED) & (red > 0) & (green > 0) & (blue > 0)
         counts &= np.isfinite(red + green + blue)
     level = float(green[counts].mean()) if counts.any() else 0.0
-    counts &= green > _DARK * level
+    counts &= green > DARK * level
     gains = np.exp(-np.array([space.origin[0], 0, space.origin[1]])).astype(np.float32)
     balanced = np.where(counts[..., None], cells, np.float32(0)) * gains
     weight = np.where(counts, stats.coverage, np.float32(0))
@@ -109,8 +112,8 @@ def points(stats: AwbStats, space: Space) -> Points:
     light = chosen[:, 0] + chosen[:, 1] + chosen[:, 2]
     mean = max(float(light.mean()) / 3 if len(light) else 0.0, 1e-12)
     edges, contrast = _edges(balanced, weight, mean, space)
-    bright = kept * np.minimum(light / np.float32(3 * mean), np.float32(_BRIGHTEST))
-    return Points(_chroma(chosen, space, _FLAT * mean), kept, bright, edges, contrast)
+    bright = kept * np.minimum(light / np.float32(3 * mean), np.float32(BRIGHTEST))
+    return Points(_chroma(chosen, space, FLAT * mean), kept, bright, edges, contrast)
 
 
 def _chroma(colours: Array, space: Space, least: float) -> Floats:
@@ -129,8 +132,8 @@ def _edges(cells: Array, weight: Floats, mean: float, space: Space) -> tuple[Flo
     )
     steps, shares = steps[shares > 0], shares[shares > 0]
     sums = steps[:, 0] + steps[:, 1] + steps[:, 2]
-    contrast = shares * np.minimum(sums / np.float32(mean), np.float32(_BRIGHTEST))
-    return _chroma(steps, space, _FLAT * mean), contrast
+    contrast = shares * np.minimum(sums / np.float32(mean), np.float32(BRIGHTEST))
+    return _chroma(steps, space, FLAT * mean), contrast
 
 
 def histograms(seen: Points) -> Floats:

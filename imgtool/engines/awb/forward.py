@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from imgtool.engines.awb.features import BINS, REACH
+
 Array = npt.NDArray[Any]
 State = Mapping[str, Array]
 
@@ -58,25 +60,45 @@ def linear(x: Array, weight: Array, bias: Array) -> Array:
     return out
 
 
-def hist(state: State, x: Array, dilations: tuple[int, ...]) -> Array:
-    """Return the score map of histograms: ``(3, B, B)`` to ``(B, B)``."""
+def hist(
+    state: State, x: Array, place: Array, side: Array, log_prior: Array, *, dilations: tuple[int, ...]
+) -> Array:
+    """Return the log probability of candidate lights, ``(K,)``.
+
+    Args:
+        state: Parameters by name.
+        x: ``(3, BINS, BINS)`` histograms.
+        place: ``(K, 2)`` candidates in aligned log-chroma.
+        side: ``(K, 3)`` what the learned prior sees of them.
+        log_prior: ``(K,)`` how likely lights lie off the curve.
+        dilations: Of the convolutions.
+    """
     for number, dilation in enumerate(dilations):
         name = f"score.{2 * number}"
         x = conv(x, state[f"{name}.weight"], state[f"{name}.bias"], dilation=dilation)
         if number < len(dilations) - 1:
             x = relu(x)
-    scores: Array = x[0]
+    hidden = relu(linear(side, state["prior.0.weight"], state["prior.0.bias"]))
+    known = linear(hidden, state["prior.2.weight"], state["prior.2.bias"])[:, 0]
+    scores: Array = sampled(x[0], place) + log_prior + known
+    scores -= scores.max()
+    scores -= np.log(np.exp(scores).sum())
     return scores
 
 
-def prior(state: State, side: Array) -> Array:
-    """Return the learned log prior of candidates: ``(K, 3)`` to ``(K,)``."""
-    hidden = relu(linear(side, state["prior.0.weight"], state["prior.0.bias"]))
-    last: Array = linear(hidden, state["prior.2.weight"], state["prior.2.bias"])[:, 0]
-    return last
+def sampled(scores: Array, place: Array) -> Array:
+    """Return a score map's values at places, bilinearly; beyond its border the border's."""
+    at = np.clip((place / REACH + 1) * ((BINS - 1) / 2), 0, BINS - 1)
+    low = np.minimum(at.astype(np.int64), BINS - 2)
+    far = (at - low).astype(np.float32)
+    (i, j), (u, v) = low.T, far.T
+    above = scores[i, j] * (1 - v) + scores[i, j + 1] * v
+    below = scores[i + 1, j] * (1 - v) + scores[i + 1, j + 1] * v
+    found: Array = above * (1 - u) + below * u
+    return found
 
 
-def deepawb(state: State, x: Array, strides: tuple[int, ...], layers: int) -> Array:
+def deepawb(state: State, x: Array, *, strides: tuple[int, ...], layers: int) -> Array:
     """Return R/G and B/G, ``(2,)``, of a picture ``(3, H, W)`` by the original's network."""
     for block, stride in enumerate(strides):
         x = conv(x, state[f"blocks.{block}.conv.weight"], None, stride=stride)

@@ -73,17 +73,17 @@ class Hist(nn.Module):
         scores: Tensor = self.score(x)
         return scores
 
-    def log_posterior(self, batch: Sample) -> Tensor:
-        """Return the log probability of every candidate, ``(B, K)``."""
-        scores = self(batch.x).float()
-        grid = (batch.place / REACH).flip(-1)[:, None]
+    def log_posterior(self, x: Tensor, place: Tensor, side: Tensor, log_prior: Tensor) -> Tensor:
+        """Return the log probability of every candidate, ``(B, K)``; see ``Sample`` for the arguments."""
+        scores = self(x).float()
+        grid = (place / REACH).flip(-1)[:, None]
         seen = F.grid_sample(scores, grid, padding_mode="border", align_corners=True)[:, 0, 0]
-        known: Tensor = self.prior(batch.side)[..., 0]
-        return F.log_softmax(seen + known.float() + batch.log_prior, -1)
+        known: Tensor = self.prior(side)[..., 0]
+        return F.log_softmax(seen + known.float() + log_prior, -1)
 
     def whites(self, batch: Sample) -> tuple[Tensor, Tensor | None]:
         """Return the estimate R/G, B/G ``(B, 2)``: the posterior's geometric mean, and the posterior."""
-        posterior = self.log_posterior(batch)
+        posterior = self.log_posterior(batch.x, batch.place, batch.side, batch.log_prior)
         mean = (posterior.exp()[..., None] * batch.white.log()).sum(1)
         return mean.exp(), posterior
 

@@ -26,6 +26,9 @@ Fallback = Literal[
     "none", "bayes", "grey-world", "white-patch", "shades-of-grey", "grey-edge", "grayness-index"
 ]
 
+Format = Literal["onnx", "tflite", "pt2", "openvino", "npz", "libcamera", "azure-function", "docker"]
+"""What the engine is exported as."""
+
 SURE = 0.2
 """Least confidence of the network with which it is believed."""
 
@@ -187,6 +190,21 @@ class Infer(Sources, common.Infer):
     )
     compare_methods: bool = setting(
         False, "Also write <output>-methods.png: the picture as each method corrects it.", panel=OUTPUT
+    )
+
+
+class Export(common.Export):
+    """Write a network as a file that runs elsewhere, and prove it."""
+
+    example: ClassVar[str] = "imgtool export awb --to tflite"
+    to: Format = setting(  # type: ignore[assignment]
+        ...,
+        "What is written: a model file, a NumPy archive, the model and tuning of libcamera's rpi.nn.awb, or "
+        "a folder that serves the engine over HTTP.",
+        panel=OUTPUT,
+    )
+    tuning: Path | None = setting(
+        None, "libcamera: tuning file of the sensor that the model is for, such as imx477.json.", panel=DATA
     )
 
 

@@ -49,7 +49,7 @@ def ask(order: Mapping[str, Any]) -> dict[str, Any]:
     """Have an order carried out in a fresh process with one thread, and return its answer.
 
     Args:
-        order: {"task": "core", "weights", "runtime", "file", "frames"} or {"task": "command", "words"}:
+        order: {"task": "core", "weights", "runtime", "frames"} or {"task": "command", "words"}:
             see ``core`` and ``command``.
 
     Raises:
@@ -136,14 +136,17 @@ def frames(count: int = DISTINCT, size: tuple[int, int] = FRAME) -> list[Array]:
     return [scene[y : y + high, x : x + wide] for y, x in places]
 
 
-def network(weights: Path, runtime: str, file: str = "") -> Net:
+def network(weights: Path, runtime: str) -> Net:
     """Load a network for a runtime.
 
     Args:
-        weights: Its weights.
+        weights: Its weights; for "onnx" and "tflite" its exported file.
         runtime: "numpy", "onnx", "tflite" or "torch".
-        file: Its exported core, where the runtime takes one.
     """
+    if runtime in ("onnx", "tflite"):
+        from imgtool.engines.awb import exported
+
+        return exported.opened(weights)
     from imgtool import header
     from imgtool.engines.awb import estimate
     from imgtool.engines.awb.settings import Model
@@ -160,9 +163,7 @@ def network(weights: Path, runtime: str, file: str = "") -> Net:
         return estimate.of_module(module, module.shape)
     read = header.read(weights, "awb")
     shape = make(Model, read.model, f"weights {read.name}")
-    if runtime == "numpy":
-        return estimate.of_state(shape, read.state)
-    return estimate.of_file(shape, read.state, Path(file), runtime)
+    return estimate.of_state(shape, read.state)
 
 
 class Phases:
@@ -185,7 +186,7 @@ def core(order: Mapping[str, Any]) -> dict[str, Any]:
     """Measure a frame in memory to gains: averaging, features, network, answer.
 
     Args:
-        order: ``weights``, ``runtime``, ``file`` (the exported core, or ""), ``frames`` (timed calls).
+        order: ``weights`` (or an exported file), ``runtime``, ``frames`` (timed calls).
 
     Returns:
         ``core`` and ``network`` as ``timed`` gives them, ``phases_mb`` and ``phases_ms``,
@@ -199,7 +200,7 @@ def core(order: Mapping[str, Any]) -> dict[str, Any]:
     if order["runtime"] != "numpy":
         importlib.import_module(LIBRARIES[order["runtime"]])
     phases.end("import")
-    net = network(Path(order["weights"]), order["runtime"], order["file"])
+    net = network(Path(order["weights"]), order["runtime"])
     phases.end("load")
     seen, frame = frames(), np.empty((*FRAME, 3), np.uint16)
     gains, cells = {}, _cells(net)
@@ -217,17 +218,12 @@ def core(order: Mapping[str, Any]) -> dict[str, Any]:
     whole = timed(work, order["frames"], fill)
     phases.end("steady")
     inputs = _inputs(net, seen)
-    alone = timed(lambda number: net.core(inputs[number % len(inputs)]), order["frames"])
+    alone = timed(lambda number: net.run(*inputs[number % len(inputs)]), order["frames"])
     return {
         "core": whole, "network": alone, "phases_mb": phases.peaks, "phases_ms": phases.cpu,
         "peak_mb": phases.peaks["steady"], "gains": [gains[number] for number in sorted(gains)],
-        "parameters": sum(int(array.size) for name, array in net.state.items() if _counts(name)),
+        "parameters": net.parameters,
     }  # fmt: skip
-
-
-def _counts(name: str) -> bool:
-    """Tell parameters from the statistics of batch normalisation."""
-    return "running_" not in name and "num_batches" not in name
 
 
 def _cells(net: Net) -> int:
@@ -237,16 +233,12 @@ def _cells(net: Net) -> int:
     return net.shape.height * net.shape.width if net.shape.arch == "deepawb" else stats.CELLS
 
 
-def _inputs(net: Net, seen: Sequence[Array]) -> list[Array]:
+def _inputs(net: Net, seen: Sequence[Array]) -> list[tuple[Array, ...]]:
     """Return what the network sees of the frames; of a large one, of two."""
-    from imgtool.engines.awb import features, stats
-    from imgtool.engines.awb.camera import GENERIC
+    from imgtool.engines.awb import estimate, stats
 
-    if net.shape.arch != "hist":
-        shape, cells = (net.shape.height, net.shape.width), _cells(net)
-        return [features.picture(stats.of_linear(each, 0, WHITE, cells=cells), *shape) for each in seen[:2]]
-    space = features.Space.of(GENERIC)
-    return [features.histograms(features.points(stats.of_linear(each, 0, WHITE), space)) for each in seen]
+    some, cells = seen if net.shape.arch == "hist" else seen[:2], _cells(net)
+    return [estimate.inputs(net.shape, stats.of_linear(each, 0, WHITE, cells=cells)) for each in some]
 
 
 def command(order: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from imgtool import losses, metrics, tiles
 from imgtool.engine import Engine, Result, Terms, TileFacts, Watch
-from imgtool.engines.deblur import actions, bench, data, model
+from imgtool.engines.deblur import actions, bench, data, model, port
 from imgtool.engines.deblur.settings import Model
 
 if TYPE_CHECKING:
@@ -36,9 +36,11 @@ def tile_facts(net: nn.Module) -> TileFacts:
     grows to between 560 (tiles of 1024 and halo) and 720 (tiles of 512), and giving memory back
     after each tensor would cost 1.7 times the CPU time. The original network: 900 to 1000, whole.
     """
+    if isinstance(net, port.Ported):
+        return net.tiles
     if isinstance(net, model.UNetSeed):
         return TileFacts(net.multiple, local=False, bytes_per_pixel=1000, reason=WHOLE)
-    return TileFacts(model.UNetLite.multiple, halo=model.HALO, border=16, bytes_per_pixel=720)
+    return TileFacts(model.UNetLite.multiple, halo=model.HALO, border=port.BORDER, bytes_per_pixel=720)
 
 
 def load(settings: Train) -> tuple[data.Samples, data.Samples]:
@@ -102,20 +104,27 @@ def apply(net: nn.Module, photo: Photo, settings: Infer, watch: Watch) -> Result
     """
     image = photo.pixels
     facts = tile_facts(net)
+    if isinstance(net, port.Ported):
+        plan = net.plan(image, settings)
+        return _result(*tiles.run(net, image, plan, facts, watch), plan)
     if facts.local and settings.overlap < facts.halo:
         reach = f"less than the network reaches ({facts.halo}): tiles may show"
         watch.say(f"--overlap {settings.overlap} is {reach}")
-    if settings.strength == 0 or not isinstance(net, model.UNetLite):
-        out, count, edge = tiles.run(net, image, _plan(image, settings, facts), facts, watch)
-    else:
+    plan = _plan(image, settings, facts)
+    start = None
+    if settings.strength and isinstance(net, model.UNetLite):
         small = tiles.shrink(image, net.shrink)
         mended, _, _ = tiles.run(
             net.coarse, small, _plan(small, settings, facts, 1.0), facts, Watch(say=watch.say)
         )
         start = tiles.Enlarged(mended - small, net.shrink)
-        out, count, edge = tiles.run(net.fine, image, _plan(image, settings, facts), facts, watch, start)
-    halo = settings.overlap if count > 1 else 0
-    return Result(out, {"tiles": count, "tile": edge, "halo": halo, "strength": settings.strength})
+        net = net.fine
+    return _result(*tiles.run(net, image, plan, facts, watch, start), plan)
+
+
+def _result(out: Pixels, count: int, edge: int, plan: tiles.Plan) -> Result:
+    halo = plan.halo if count > 1 else 0
+    return Result(out, {"tiles": count, "tile": edge, "halo": halo, "strength": plan.strength})
 
 
 def _plan(image: Pixels, settings: Infer, facts: TileFacts, strength: float | None = None) -> tiles.Plan:
@@ -151,4 +160,6 @@ ENGINE: Engine = Engine(
     scale=1,
     weights="deblur-unet-lite",
     baseline=unsharp,
+    port=port.port,
+    ported=port.ported,
 )

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from imgtool import traced
+
 HALO = 64
 """Reach of a ``LocalUNet`` in pixels; a test takes it from the gradient."""
 
@@ -112,14 +114,17 @@ class LocalUNet(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """Sharpen ``(B, 3, H, W)`` sRGB in 0..1; the result has the same shape and is not clipped."""
         height, width = image.shape[-2:]
-        padded = pad_to(image, self.multiple)
-        fine = self.encoders[0](self.stem(F.pixel_unshuffle(padded * 2 - 1, 2)))
+        change = self.change(pad_to(image, self.multiple))
+        return image + change[..., :height, :width].to(image.dtype)
+
+    def change(self, image: Tensor) -> Tensor:
+        """Return what ``forward`` adds to an image whose sides are multiples of ``multiple``."""
+        fine = self.encoders[0](self.stem(traced.unshuffle(image * 2 - 1, 2)))
         middle = self.encoders[1](self.downs[0](fine))
         coarse = self.encoders[2](self.downs[1](middle))
         middle = self.decoders[1](middle + self.ups[1](coarse))
         fine = self.decoders[0](fine + self.ups[0](middle))
-        residual = F.pixel_shuffle(self.head(fine), 2) / 2
-        return image + residual[..., :height, :width].to(image.dtype)
+        return F.pixel_shuffle(self.head(fine), 2) / 2
 
 
 class UNetLite(nn.Module):
@@ -179,8 +184,11 @@ class UNetSeed(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """Sharpen ``(B, 3, H, W)`` sRGB in 0..1; inside, the original's range -1..1."""
         height, width = image.shape[-2:]
-        x = pad_to(image * 2 - 1, self.multiple)
-        skips = []
+        return self.whole(pad_to(image, self.multiple))[..., :height, :width]
+
+    def whole(self, image: Tensor) -> Tensor:
+        """Do so with an image whose sides are multiples of ``multiple``."""
+        x, skips = image * 2 - 1, []
         for encoder in self.encoders:
             x = encoder(x)
             skips.append(x)
@@ -189,8 +197,8 @@ class UNetSeed(nn.Module):
         for skip, up, decoder in zip(skips[::-1], reversed(self.ups), reversed(self.decoders), strict=True):
             x = up(F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False))
             x = decoder(torch.cat([x, skip], 1))
-        out: Tensor = self.final(x)[..., :height, :width]
-        return (out + 1) / 2
+        out: Tensor = (self.final(x) + 1) / 2
+        return out
 
 
 def _double(inputs: int, outputs: int) -> nn.Sequential:

@@ -104,6 +104,12 @@ class Infer(common.Infer):
     )
 
 
+class Export(common.Export):
+    """Write a network as a file that runs elsewhere, and prove it."""
+
+    example: ClassVar[str] = "imgtool export deblur --to onnx"
+
+
 class Bench(common.Bench):
     """Measure the deblurring network beside the original and an unsharp mask."""
 

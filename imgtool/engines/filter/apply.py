@@ -19,6 +19,7 @@ from imgtool import header, tiles
 from imgtool.engine import Result, TileFacts, Watch
 from imgtool.engines.filter import blackbox, targets
 from imgtool.engines.filter.edges import Levels, over_maximum
+from imgtool.engines.filter.port import Ported
 from imgtool.errors import USAGE, ImgtoolError
 from imgtool.images.photo import convert, to_type
 from imgtool.settings import did_you_mean
@@ -34,16 +35,26 @@ BLOCK = 256
 """Edge of a block in pixels, at most: what a network holds of it stays in the cache of a CPU's core."""
 GPU_BLOCK = 1024
 """The same on other devices, which smaller blocks would leave idle."""
+FILE_BLOCK = 512
+"""The same of exported files, which compute the margin twice."""
 LARGE = 32_000_000
 """Pixels of a photo from which its map, in floats, is computed twice rather than held."""
 WHOLE = "clapp normalises over the whole image (GroupNorm), so every tile would get tones of its own"
 PREFIX = "filter-"
 
 
-def block(net: Any) -> int:
-    """Return the edge of a network's blocks in pixels: a multiple of its own."""
-    edge = BLOCK if next(net.parameters()).device.type == "cpu" else GPU_BLOCK
-    return edge // int(net.multiple) * int(net.multiple)
+def device(net: Any) -> torch.device:
+    """Return where a network is; exported files run on the CPU."""
+    return next((each.device for each in net.parameters()), torch.device("cpu"))
+
+
+def blocks(net: Any) -> tuple[int, int]:
+    """Return height and width of a network's blocks in pixels: multiples of its own."""
+    if isinstance(net, Ported) and net.window:
+        return net.window
+    edge = FILE_BLOCK if isinstance(net, Ported) else BLOCK if device(net).type == "cpu" else GPU_BLOCK
+    edge = max(edge // int(net.multiple), 1) * int(net.multiple)
+    return edge, edge
 
 
 def tile_facts(net: Any) -> TileFacts:
@@ -54,7 +65,7 @@ def tile_facts(net: Any) -> TileFacts:
     """
     if not net.local:
         return TileFacts(local=False, bytes_per_pixel=230, reason=WHOLE)
-    side = block(net)
+    side = max(blocks(net))
     return TileFacts(
         net.multiple, side, halo=net.reach, border=net.reach, bytes_per_pixel=40, largest=8 * side
     )
@@ -81,9 +92,12 @@ class Work:
     def __init__(self, net: Any, image: Pixels) -> None:
         """Look at the size of the photo, ``(H, W, 3)``, which gives that of the blocks."""
         self.net, self.reach = net, int(net.reach)
-        self.device = next(net.parameters()).device
+        self.device = device(net)
         multiple = int(net.multiple)
-        whole = (min(block(net), -(-length // multiple) * multiple) for length in image.shape[:2])
+        whole = (
+            min(edge, -(-length // multiple) * multiple)
+            for edge, length in zip(blocks(net), image.shape, strict=False)
+        )
         keep_memory()
         self.step = math.lcm(multiple, STEP) if net.local else 1
         self.size: tuple[int, ...] = tuple(whole) if net.local else image.shape[:2]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from imgtool import losses, metrics, samples
 from imgtool.engine import Engine, Terms
-from imgtool.engines.filter import actions, apply, bench, data, model, prune
+from imgtool.engines.filter import actions, apply, bench, data, model, port, prune
 from imgtool.engines.filter.sample import Sample
 from imgtool.engines.filter.settings import Model
 
@@ -126,4 +126,6 @@ ENGINE: Engine = Engine(
     stages=data.stages,
     describe=data.describe,
     enough=enough,
+    port=port.port,
+    ported=port.ported,
 )

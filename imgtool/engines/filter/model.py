@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from imgtool import traced
 from imgtool.engines.filter import targets
 from imgtool.errors import USAGE, ImgtoolError
 
@@ -137,7 +138,7 @@ class Unshuffled(Local):
 
     def values(self, x: Tensor) -> Tensor:
         """Return what the layers compute."""
-        small = F.pixel_unshuffle(x, self.multiple)
+        small = traced.unshuffle(x, self.multiple)
         found: Tensor = F.pixel_shuffle(self.head(self.body(small)), self.multiple)
         return found
 
@@ -175,7 +176,7 @@ class Pooled(Local):
 
     def values(self, x: Tensor) -> Tensor:
         """Return what the layers compute."""
-        small = F.pixel_unshuffle(x, self.multiple)
+        small = traced.unshuffle(x, self.multiple)
         carried = inner(F.pixel_shuffle(self.carry(self.small(small)), self.multiple), self.surplus)
         found: Tensor = self.head(self.body(torch.cat([inner(x, self.reach - self.depth), carried], 1)))
         return found

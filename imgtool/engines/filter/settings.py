@@ -173,6 +173,12 @@ class Infer(common.Infer):
     )
 
 
+class Export(common.Export):
+    """Write a network as a file that runs elsewhere, and prove it."""
+
+    example: ClassVar[str] = "imgtool export filter --weights tv --to onnx"
+
+
 class Bench(common.Bench):
     """Measure networks beside the filters that they imitate: error, and time per megapixel."""
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import cv2
 import numpy as np
@@ -114,11 +114,11 @@ class Told:
 
     Attributes:
         gains: White balance of red, green and blue, the least 1.
-        gains_from: "camera", "daylight", "auto", "given" or "none".
+        gains_from: "camera", "daylight", "auto", "given", "none", or "weights" where they fix it.
         noise: Shot and read variance, black at 0 and white at 1.
-        noise_from: "file", "measured" or "given".
+        noise_from: "file", "measured", "given" or "weights".
         matrix: ``(3, 3)`` balanced camera RGB to linear sRGB.
-        matrix_from: "library", "file" or "none".
+        matrix_from: "library", "file", "none" or "weights".
     """
 
     gains: Gains
@@ -129,8 +129,13 @@ class Told:
     matrix_from: str
 
 
-def tile_facts(net: nn.Module) -> TileFacts:
+def tile_facts(net: nn.Module | model.Exported) -> TileFacts:
     """Return what cutting a mosaic into tiles may assume; sizes in its pixels."""
+    if isinstance(net, model.Exported):
+        multiple, halo = net.multiple, net.halo
+        return TileFacts(
+            multiple, halo=halo, border=halo, bytes_per_pixel=net.bytes_per_pixel, largest=net.largest
+        )
     kind, channels = "lrfu", 0
     if isinstance(net, model.Lrfu):
         channels = net.head.out_channels
@@ -141,11 +146,11 @@ def tile_facts(net: nn.Module) -> TileFacts:
     return TileFacts(multiple, halo=halo, border=halo, bytes_per_pixel=wide, largest=LARGEST[kind])
 
 
-def apply(net: nn.Module | None, frame: Mosaic, settings: Infer, watch: Watch) -> Result:
+def apply(net: nn.Module | model.Exported | None, frame: Mosaic, settings: Infer, watch: Watch) -> Result:
     """Develop a frame into an upright sRGB photo.
 
     Args:
-        net: The network; None for the front end alone (``settings.demosaic``).
+        net: The network, of torch or in a file; None for the front end alone (``settings.demosaic``).
         frame: What ``opened`` gave.
         settings: Of ``infer``.
         watch: Told how it goes; asked for another engine's white where the settings want it.
@@ -190,27 +195,49 @@ def _line(told: Told) -> str:
     return f"{shown}  noise {told.noise[0]:.1e}, {told.noise[1]:.1e} ({told.noise_from})".strip()
 
 
-def _told(net: nn.Module, frame: Mosaic, settings: Infer, watch: Watch) -> Told:
+def _told(net: nn.Module | model.Exported, frame: Mosaic, settings: Infer, watch: Watch) -> Told:
+    if isinstance(net, model.Exported) and net.fixed:
+        watch.say("balance, noise and colours are those of the camera that these weights were exported for")
+        return Told(net.camera.gains, "weights", net.camera.noise, "weights", net.camera.matrix, "weights")
     if net.scaling == "mai21" and settings.wb != "camera":
         watch.say("--wb does nothing here: these weights were trained without any white balance")
     gains, source = _balance(net, frame, settings, watch)
-    if settings.noise != "auto":
-        shot, read = _numbers(settings.noise, 2, "--noise", "")
-        variances, heard = (shot, read), "given"
-    elif frame.noise is not None:
-        variances, heard = frame.noise, "file"
+    if isinstance(net, model.Exported) and net.balanced:
+        variances, heard = net.camera.noise, "weights"
     else:
-        variances, heard = measured.estimate(frame), "measured"
-    variances = variances[0], max(variances[1], unprocess.rounding(frame.white - min(frame.black)))
-    matrix, known = frame.matrix, frame.matrix_source or "file"
-    if matrix is None:
-        matrix, known = np.eye(3), "none"
-        if net.colour == "camera":
-            watch.say("the camera's colours are taken for those of sRGB")
-    return Told(gains, source, variances, heard, matrix, known)
+        variances, heard = _noise(frame, settings)
+    return Told(gains, source, variances, heard, *_colours(net, frame, watch))
 
 
-def _balance(net: nn.Module, frame: Mosaic, settings: Infer, watch: Watch) -> tuple[Gains, str]:
+def _noise(frame: Mosaic, settings: Infer) -> tuple[tuple[float, float], str]:
+    """Return the variances of a frame, and what they are from."""
+    if settings.noise != "auto":
+        (shot, read), heard = _numbers(settings.noise, 2, "--noise", ""), "given"
+    elif frame.noise is not None:
+        (shot, read), heard = frame.noise, "file"
+    else:
+        (shot, read), heard = measured.estimate(frame), "measured"
+    return (shot, max(read, unprocess.rounding(frame.white - min(frame.black)))), heard
+
+
+def _colours(
+    net: nn.Module | model.Exported, frame: Mosaic, watch: Watch
+) -> tuple[npt.NDArray[np.float64], str]:
+    """Return the camera's matrix, and what it is from."""
+    if isinstance(net, model.Exported) and net.balanced:
+        matrix, known, more = net.camera.matrix, "weights", ": export with --inputs all, or with --camera"
+    elif frame.matrix is None:
+        matrix, known, more = np.eye(3), "none", ""
+    else:
+        return frame.matrix, frame.matrix_source or "file"
+    if net.colour == "camera":
+        watch.say(f"the camera's colours are taken for those of sRGB{more}")
+    return matrix, known
+
+
+def _balance(
+    net: nn.Module | model.Exported, frame: Mosaic, settings: Infer, watch: Watch
+) -> tuple[Gains, str]:
     """Return the gains, the least 1, and what they are from."""
     if net.scaling == "mai21":
         return _NONE, "none"
@@ -249,23 +276,64 @@ def _linear_png(frame: Mosaic) -> bytes:
 
 
 def developed(
-    net: nn.Module, frame: Mosaic, told: Told, settings: Infer, watch: Watch
+    net: nn.Module | model.Exported, frame: Mosaic, told: Told, settings: Infer, watch: Watch
 ) -> tuple[Pixels, dict[str, int]]:
     """Return the upright picture, and how it was cut into tiles."""
-    net = compute.channels_last(model.folded(net))
     facts = tile_facts(net)
     height, width = bayer.aligned_size(frame)
-    tile = settings.tile and max(settings.tile, tiles.SMALLEST)
-    core = tiles.choose(height, width, tile, facts.halo, settings.memory * 1e9, facts)
-    if settings.tile is None:
-        core = core or facts.largest
-    plan = tiles.Plan(core, facts.halo)
     out = np.empty((height, width, 3), np.uint16 if _is_deep(settings, watch) else np.uint8)
-    count, edge = tiles.walk(_Maker(net, frame, told, settings.ev, out.dtype), out, plan, facts, watch)
+    if isinstance(net, model.Exported):
+        make: _Maker = _FileMaker(net, frame, told, settings.ev, out.dtype)
+    else:
+        make = _TorchMaker(
+            compute.channels_last(model.folded(net)), levelled(net, frame), told, settings.ev, out.dtype
+        )
+    if isinstance(net, model.Exported) and net.size:
+        count, edge = _walked(make, out, frame, net, net.size, watch)
+    else:
+        tile = settings.tile and max(settings.tile, tiles.SMALLEST)
+        core = tiles.choose(height, width, tile, facts.halo, settings.memory * 1e9, facts)
+        if settings.tile is None:
+            core = core or facts.largest
+        count, edge = tiles.walk(make, out, tiles.Plan(core, facts.halo), facts, watch)
     down, right = bayer.phase(frame.pattern)
     visible = out[down : down + frame.values.shape[0], right : right + frame.values.shape[1]]
     cut = {"tiles": count, "tile": edge, "halo": facts.halo if count > 1 else 0}
     return _laid(visible, frame, settings), cut
+
+
+def _walked(
+    make: _Maker, out: Pixels, frame: Mosaic, net: model.Exported, size: tuple[int, int], watch: Watch
+) -> tuple[int, int]:
+    """Fill a picture by a file of fixed size, and return as ``tiles.walk``."""
+    # An RGGB mosaic of even sides ends as what the file is given: there the file's own mirroring is right.
+    whole = frame.pattern == "RGGB" and out.shape[:2] == frame.values.shape and net.mirrors
+    facts = TileFacts(net.multiple, halo=net.halo, border=0 if whole else net.halo)
+    axes = [_spans(have, takes, facts) for have, takes in zip(out.shape[:2], size, strict=True)]
+    every = [tiles.Tile(rows, columns) for rows in axes[0] for columns in axes[1]]
+    for number, tile in enumerate(every, 1):
+        tiles.write(out, tile, make(tile))
+        watch.done(number, len(every))
+    return len(every), max(max(t.rows.stop - t.rows.start, t.columns.stop - t.columns.start) for t in every)
+
+
+def _spans(have: int, takes: int, facts: TileFacts) -> list[tiles.Span]:
+    """Cut ``have`` pixels so that what each part reads is at most what a file takes."""
+    if have + 2 * facts.border <= takes:
+        return tiles.spans(have, 0, facts.halo, facts)
+    core = (takes - 2 * facts.halo) // facts.multiple * facts.multiple
+    if core < facts.multiple:
+        what = f"these weights take {takes} pixels at once, of which none has all its neighbours"
+        raise ImgtoolError(what, f"export them for more than {2 * facts.halo}, by --size")
+    return tiles.spans(have, core, facts.halo, facts)
+
+
+def levelled(net: nn.Module | model.Exported, frame: Mosaic) -> Mosaic:
+    """Return a frame with the levels that a network's planes are made with."""
+    if net.scaling != "mai21":
+        return frame
+    # 4 x 255 of 10 bits, nothing subtracted.
+    return replace(frame, black=(0.0,) * 4, white=frame.white * bayer.MAI21_WHITE / 1023)
 
 
 def _is_deep(settings: Infer, watch: Watch) -> bool:
@@ -275,14 +343,20 @@ def _is_deep(settings: Infer, watch: Watch) -> bool:
     return bool(named) and files.file_type(named) == "tif"
 
 
-class _Maker:
+class _Maker(Protocol):
     """Makes the core of a tile of the picture, as the sensor lies."""
+
+    def __call__(self, tile: tiles.Tile) -> Pixels:
+        """Return ``(h, w, 3)`` of the output's type, clipped and rounded to nearest."""
+        ...
+
+
+class _TorchMaker:
+    """Makes it by a network of torch."""
 
     def __init__(self, net: nn.Module, frame: Mosaic, told: Told, ev: float, dtype: npt.DTypeLike) -> None:
         where = next(net.parameters()).device
         self.net, self.frame, self.ev, self.dtype = net, frame, ev, np.dtype(dtype)
-        if net.scaling == "mai21":  # 4 x 255 of 10 bits, nothing subtracted
-            self.frame = replace(frame, black=(0.0,) * 4, white=frame.white * bayer.MAI21_WHITE / 1023)
         self.gains = torch.tensor([told.gains], dtype=torch.float32, device=where)
         self.noise = torch.tensor([told.noise], dtype=torch.float32, device=where)
         self.matrix = torch.tensor(told.matrix, dtype=torch.float32, device=where)
@@ -290,7 +364,6 @@ class _Maker:
 
     @torch.inference_mode()
     def __call__(self, tile: tiles.Tile) -> Pixels:
-        """Return ``(h, w, 3)`` of the output's type, clipped and rounded to nearest."""
         rows, columns = tile.rows, tile.columns
         values = bayer.window(
             self.frame, (rows.read_start, rows.read_stop), (columns.read_start, columns.read_stop)
@@ -298,10 +371,46 @@ class _Maker:
         packed = torch.from_numpy(bayer.pack(values))[None].to(self.where)
         fed = model.feed(self.net, packed, self.gains, self.noise)
         photo = model.photo(self.net, fed.contiguous(memory_format=torch.channels_last), self.matrix, self.ev)
-        kept = photo[0, :, _core(rows), _core(columns)].permute(1, 2, 0)
-        if not torch.isfinite(kept.sum()):
-            raise ImgtoolError("the network's output is not finite", "its weights are damaged: take others")
-        return _whole_numbers(kept, self.dtype)
+        return _cut_out(photo, tile, self.dtype)
+
+
+class _FileMaker:
+    """Makes it by a file; where that has one size, more is read than the tile needs."""
+
+    def __init__(
+        self, net: model.Exported, frame: Mosaic, told: Told, ev: float, dtype: npt.DTypeLike
+    ) -> None:
+        self.net, self.frame, self.dtype = net, levelled(net, frame), np.dtype(dtype)
+        inside = "matrix" in net.inputs
+        self.after = 0.0 if inside else ev
+        matrix = np.asarray(told.matrix) * (2.0**ev if inside else 1.0)
+        known = {"gains": told.gains, "noise": told.noise, "matrix": matrix}
+        self.rest = [np.asarray(known[name], np.float32)[None] for name in net.inputs[1:]]
+        self.balance = np.asarray([told.gains[of] for of in (0, 1, 1, 2)], np.float32)[:, None, None]
+
+    def __call__(self, tile: tiles.Tile) -> Pixels:
+        rows, columns = (
+            (span.read_start, span.read_start + self.net.size[axis] if self.net.size else span.read_stop)
+            for axis, span in enumerate((tile.rows, tile.columns))
+        )
+        planes = bayer.pack(bayer.window(self.frame, rows, columns))
+        if self.net.balanced:
+            planes = np.minimum(planes * self.balance, np.float32(1))
+        if self.net.packing == "mai21":
+            planes = planes[list(bayer.MAI21)]
+        (photo,) = self.net.run(planes[None], *self.rest)
+        display = torch.from_numpy(photo)
+        if self.after:
+            display = colour.encode(colour.decode(display) * 2.0**self.after)
+        return _cut_out(display, tile, self.dtype)
+
+
+def _cut_out(photo: Tensor, tile: tiles.Tile, dtype: np.dtype[Any]) -> Pixels:
+    """Return the core of a tile's photo ``(1, 3, h, w)``."""
+    kept = photo[0, :, _core(tile.rows), _core(tile.columns)].permute(1, 2, 0)
+    if not torch.isfinite(kept.sum()):
+        raise ImgtoolError("the network's output is not finite", "its weights are damaged: take others")
+    return _whole_numbers(kept, dtype)
 
 
 def _core(span: tiles.Span) -> slice:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from imgtool import losses, metrics
 from imgtool.engine import Engine, Terms, Watch
-from imgtool.engines.isp import actions, apply, bench, data, libraw, model, pairs, perceptual, unprocess
+from imgtool.engines.isp import actions, apply, bench, data, libraw, model, pairs, perceptual, port, unprocess
 from imgtool.engines.isp.layouts import of_another_camera
 from imgtool.engines.isp.sample import Sample
 from imgtool.engines.isp.settings import Infer, Model
@@ -168,4 +168,6 @@ ENGINE: Engine = Engine(
     specimen=specimen,
     suffixes=apply.SUFFIXES,
     form=apply.form,
+    port=port.port,
+    ported=port.ported,
 )

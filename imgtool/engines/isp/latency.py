@@ -348,10 +348,9 @@ def _inputs_of(form: Form, net: nn.Module, size: tuple[int, int], where: torch.d
 @contextmanager
 def _measuring(where: torch.device, tf32: bool) -> Iterator[None]:
     """Begin with nothing kept of what was measured before; cuDNN chooses by measuring, TF32 is as asked."""
-    convolutions: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    before = torch.backends.cudnn.benchmark, convolutions.fp32_precision
-    torch.backends.cudnn.benchmark = True
-    convolutions.fp32_precision = "tf32" if tf32 else "ieee"
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark, cudnn.allow_tf32
+    cudnn.benchmark, cudnn.allow_tf32 = True, tf32
     torch.compiler.reset()
     with _on(where):
         if where.type == "cuda":
@@ -360,7 +359,7 @@ def _measuring(where: torch.device, tf32: bool) -> Iterator[None]:
         try:
             yield
         finally:
-            torch.backends.cudnn.benchmark, convolutions.fp32_precision = before
+            cudnn.benchmark, cudnn.allow_tf32 = before
 
 
 def _on(where: torch.device) -> AbstractContextManager[object]:

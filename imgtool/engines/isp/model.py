@@ -6,8 +6,9 @@ All are convolutions alone, so an output pixel depends on nothing farther away t
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from imgtool.engines.isp import bayer, colour
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    import numpy.typing as npt
 
     from imgtool.engines.isp.settings import Model
 
@@ -346,3 +347,68 @@ def folded(net: nn.Module) -> nn.Module:
             layer.bias.mul_(part.gain)  # type: ignore[union-attr]
             part.register_parameter("gain", None)
     return net
+
+
+def repacked(net: nn.Module) -> nn.Module:
+    """Return an equal network, for inference, that takes its planes in the order R, Gr, Gb, B."""
+    net = folded(net)
+    if net.packing == "rggb":
+        return net
+    first: Any = [net.head, net.demosaic] if isinstance(net, Lrfu) else [net.get_submodule("down.0.0")]
+    for layer in first:
+        weight = layer.weight
+        order = [bayer.MAI21.index(plane) for plane in range(4)]
+        order += [4 + place for place in order] if weight.shape[1] == FED else []
+        layer.weight = nn.Parameter(weight[:, order], requires_grad=False)
+    net.packing = "rggb"  # type: ignore[assignment]
+    return net
+
+
+class Camera(NamedTuple):
+    """What a network is told of a frame beside its planes.
+
+    Attributes:
+        gains: White balance of red, green and blue, the least 1.
+        noise: Shot and read variance, black at 0 and white at 1.
+        matrix: ``(3, 3)`` balanced camera RGB to linear sRGB.
+    """
+
+    gains: tuple[float, float, float]
+    noise: tuple[float, float]
+    matrix: npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A network in a file, run by a runtime; see ``port`` for what such a file holds.
+
+    Attributes:
+        run: Arrays in the order of ``inputs`` to ``[(B, 3, H, W)]``, sRGB in 0..1.
+        inputs: "planes", then some of "gains", "noise" and "matrix".
+        camera: What is fixed in the file of what is no input.
+        fixed: Whether that is one camera's; else planes are balanced before, and colours sRGB's.
+        size: Rows and columns of the mosaic that it takes; None takes any.
+        mirrors: Whether it mirrors at the edges of what it is given.
+        packing: Order of the planes.
+        scaling: As ``Net``, and so ``colour``, ``halo`` and ``multiple``.
+        bytes_per_pixel: As ``TileFacts``, and so ``largest``.
+    """
+
+    run: Callable[..., Sequence[npt.NDArray[Any]]]
+    inputs: tuple[str, ...]
+    camera: Camera
+    fixed: bool
+    size: tuple[int, int] | None
+    mirrors: bool
+    packing: str
+    scaling: str
+    colour: str
+    halo: int
+    multiple: int
+    bytes_per_pixel: int
+    largest: int
+
+    @property
+    def balanced(self) -> bool:
+        """Whether planes are to be balanced before."""
+        return "gains" not in self.inputs and not self.fixed and self.scaling != "mai21"

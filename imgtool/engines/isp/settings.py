@@ -175,6 +175,27 @@ class Infer(Levels, common.Infer):
     )  # fmt: skip
 
 
+class Export(common.Export):
+    """Write a network as a file that runs elsewhere, and prove it."""
+
+    example: ClassVar[str] = "imgtool export isp --to tflite --size 1088x1920"
+    inputs: Literal["auto", "all", "planes"] = setting(
+        "auto",
+        "all: planes, gains, noise and colour matrix are inputs; planes: they alone are, the rest is fixed "
+        "in the file; auto is planes for tflite, else all.",
+        panel=NETWORK,
+    )
+    packing: Literal["rggb", "mai21"] = setting(
+        "rggb", "Order of the planes: R, Gr, Gb, B, or that of the Mobile AI 2021 challenge.", panel=NETWORK
+    )
+    camera: Path | None = setting(
+        None,
+        "With --inputs planes: RAW file whose gains, noise and colour matrix are fixed in the file [default: "
+        "planes are balanced, and their colours sRGB's].",
+        panel=DATA,
+    )
+
+
 class Bench(common.Bench):
     """Measure latency on GPU or CPU beside the original and LibRaw, and quality on pairs."""
 

@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
-from torch import nn
 
 from imgtool.engine import Engine, Result, Watch
-from imgtool.engines.lens import actions, bench, estimate, formats, model, network, profiles, warp
+from imgtool.engines.lens import actions, bench, estimate, formats, model, network, port, profiles, warp
 from imgtool.engines.lens.geometry import HALF_DIAGONAL, BrownConrady, diagonal, zoom
 from imgtool.engines.lens.settings import Model
 from imgtool.errors import USAGE, ImgtoolError
@@ -44,7 +43,7 @@ def check(settings: Infer) -> None:
 
 
 def apply(
-    net: nn.Module, photo: Photo, settings: Infer, watch: Watch, known: estimate.Found | None = None
+    net: estimate.Net, photo: Photo, settings: Infer, watch: Watch, known: estimate.Found | None = None
 ) -> Result:
     """Find the distortion of a photo and take it out, or leave the photo as it is.
 
@@ -177,4 +176,6 @@ ENGINE: Engine = Engine(
     check=check,
     beside=lambda settings: [SUFFIXES[form] for form in forms(settings)],
     otherwise="photo",
+    port=port.port,
+    ported=port.ported,
 )

@@ -19,8 +19,11 @@ from imgtool.images import metadata
 
 if TYPE_CHECKING:
     from imgtool.engine import Watch
+    from imgtool.engines.lens import network
     from imgtool.engines.lens.settings import Infer
     from imgtool.images import Photo
+
+    Net = nn.Module | plumb.Exported | network.Exported
 
 Floats = npt.NDArray[np.float64]
 
@@ -67,7 +70,7 @@ class Evidence(NamedTuple):
 
 
 def edge_evidence(
-    net: plumb.LinesNet | None, pixels: npt.NDArray[Any], found: lines.Lines | None = None
+    net: plumb.LinesNet | plumb.Exported | None, pixels: npt.NDArray[Any], found: lines.Lines | None = None
 ) -> Evidence:
     """Return the likelihood by the edges of a photo.
 
@@ -81,10 +84,12 @@ def edge_evidence(
 
 
 @torch.inference_mode()
-def edge_likelihood(net: nn.Module | None, found: lines.Lines) -> posterior.Likelihood:
+def edge_likelihood(net: nn.Module | plumb.Exported | None, found: lines.Lines) -> posterior.Likelihood:
     """Return the likelihood by edges; without any, all candidates are alike."""
+    if isinstance(net, plumb.Exported) and len(found.points):
+        return net.likelihood(found)
     given = plumb.evidence(found)
-    if net is None:
+    if net is None or isinstance(net, plumb.Exported):
         said = plumb.fixed(given)
     else:
         given = plumb.Evidence(*(part.to(next(net.parameters()).device) for part in given))
@@ -97,7 +102,7 @@ def edge_likelihood(net: nn.Module | None, found: lines.Lines) -> posterior.Like
             return np.zeros(len(candidates))
         where = given.points.device
         chosen = torch.from_numpy(np.ascontiguousarray(candidates)).float().to(where)
-        left = (plumb.bends(given, part[None]) for part in torch.split(chosen, 128))
+        left = (plumb.bends(given, part[None]) for part in torch.split(chosen, plumb.PIECE))
         parts = [plumb.log_likelihood(said, each)[0] for each in left]
         return torch.cat(parts).double().cpu().numpy()
 
@@ -105,21 +110,21 @@ def edge_likelihood(net: nn.Module | None, found: lines.Lines) -> posterior.Like
 
 
 @torch.inference_mode()
-def pixel_evidence(net: nn.Module, pixels: npt.NDArray[Any]) -> Evidence:
+def pixel_evidence(net: Net, pixels: npt.NDArray[Any]) -> Evidence:
     """Return what a network that looks at pixels says of a photo ``(H, W, 3)``."""
     from imgtool.engines.lens import network
 
     height, width = pixels.shape[:2]
-    assert isinstance(net, network.ImageEstimator)
+    assert isinstance(net, network.ImageEstimator | network.Exported)
     mean, root = network.says(net, pixels)
     return Evidence(None, posterior.around(mean, root, width, height), width, height)
 
 
-def look(net: nn.Module, pixels: npt.NDArray[Any], settings: Infer) -> Evidence:
+def look(net: Net, pixels: npt.NDArray[Any], settings: Infer) -> Evidence:
     """Return what the estimator of the settings sees in a photo."""
     if settings.estimator == "lines":
         return edge_evidence(None, pixels)
-    if isinstance(net, plumb.LinesNet):
+    if isinstance(net, plumb.LinesNet | plumb.Exported):
         return edge_evidence(net, pixels)
     return pixel_evidence(net, pixels)
 
@@ -213,13 +218,13 @@ def given(photo: Photo, settings: Infer, watch: Watch, name: str = "") -> BrownC
     return model
 
 
-def of_profile(net: nn.Module, photo: Photo, settings: Infer) -> Found | None:
+def of_profile(net: Net, photo: Photo, settings: Infer) -> Found | None:
     """Return the lens profile of a photo, None where there is none or the photo speaks against it."""
     height, width = photo.pixels.shape[:2]
     profile = profiles.find(photo.exif, width, height)
     if profile is None:
         return None
-    if settings.estimator == "auto" and isinstance(net, plumb.LinesNet):
+    if settings.estimator == "auto" and isinstance(net, plumb.LinesNet | plumb.Exported):
         likelihood = edge_evidence(net, photo.pixels).likelihood
         model = profile.model
         if likelihood is not None:
@@ -229,7 +234,7 @@ def of_profile(net: nn.Module, photo: Photo, settings: Infer) -> Found | None:
     return Found(profile.model.clamped(), "profile")
 
 
-def of(net: nn.Module, photo: Photo, settings: Infer, watch: Watch, name: str = "") -> Found:
+def of(net: Net, photo: Photo, settings: Infer, watch: Watch, name: str = "") -> Found:
     """Find the distortion of one photo by the estimator that the settings name.
 
     Raises:
@@ -269,7 +274,7 @@ def _key(name: str, photo: Photo, settings: Infer) -> tuple[object, ...] | None:
     return profiles.group_key(photo.exif, width, height)
 
 
-def _joins(net: nn.Module, photo: Photo, settings: Infer) -> bool:
+def _joins(net: Net, photo: Photo, settings: Infer) -> bool:
     """Tell whether a photo is solved with others: it is not corrected already, and has no profile."""
     if corrected(photo) and not settings.force:
         return False
@@ -278,7 +283,7 @@ def _joins(net: nn.Module, photo: Photo, settings: Infer) -> bool:
 
 
 def survey(
-    net: nn.Module, photos: Sequence[tuple[str, Callable[[], Photo]]], settings: Infer, watch: Watch
+    net: Net, photos: Sequence[tuple[str, Callable[[], Photo]]], settings: Infer, watch: Watch
 ) -> list[Found | None]:
     """Solve photos of one lens together; None for a photo that stays alone or cannot be read."""
     groups: dict[tuple[object, ...], list[int]] = {}

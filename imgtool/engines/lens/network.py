@@ -11,6 +11,8 @@ k1 and k2 are linear functions: k1 and k2 themselves are too much alike to be to
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -90,6 +92,11 @@ def _bounded(value: Tensor) -> Tensor:
     return torch.where(value < 0, inward, outward)
 
 
+def _exact(x: Tensor) -> Tensor:
+    """Return numbers in float32, or in float64 where they are already."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 class FieldHead(nn.Module):
     """Map and place to displacements; see the module."""
 
@@ -109,11 +116,11 @@ class FieldHead(nn.Module):
         hidden = functional.silu(self.hidden(mixed.flatten(1)))
         told, spread = self.out(hidden), self.spread(hidden.detach())
         with torch.autocast(told.device.type, enabled=False):
-            corner, half, p1, p2 = told.float().unbind(1)
+            corner, half, p1, p2 = _exact(told).unbind(1)
             corner = _bounded(0.1 * corner)
             half = _bounded(SHARE * corner + 0.02 * half)
             tangential = [TANGENTIAL * torch.tanh(0.2 * each) for each in (p1, p2)]
-            return torch.stack([*from_displacements(corner, half), *tangential], 1), spread.float()
+            return torch.stack([*from_displacements(corner, half), *tangential], 1), _exact(spread)
 
 
 def places(seen: Tensor, frame: Tensor) -> Tensor:
@@ -155,7 +162,7 @@ class OriginalHead(nn.Module):
         """Return as ``FieldHead``; the frame is not looked at."""
         hidden = self.layers(seen.mean((2, 3)))
         told, spread = self.out(hidden), self.spread(hidden.detach())
-        return torch.tanh(told.float()) * self.bounds, spread.float()
+        return torch.tanh(_exact(told)) * self.bounds, _exact(spread)
 
 
 class ImageEstimator(nn.Module):
@@ -190,7 +197,7 @@ class ImageEstimator(nn.Module):
         seen = self.features((image - self.mean) / self.deviation)
         raw, spread = self.head(seen, frame)
         with torch.autocast(raw.device.type, enabled=False):
-            return Guess(unfolded(raw), self.first_spread + spread.clamp(-5, 2))
+            return Guess(unfolded(raw), self.first_spread + spread.clamp(-5.0, 2.0))
 
 
 def root(log_spread: Tensor) -> Tensor:
@@ -221,9 +228,35 @@ def _small(photo: npt.NDArray[Any], size: int) -> npt.NDArray[Any]:
     return to_type(to_float(photo), np.uint8) if photo.dtype != np.uint8 else photo
 
 
+@dataclass(frozen=True)
+class Exported:
+    """An ``ImageEstimator`` in a file, run by a runtime.
+
+    Attributes:
+        run: Images and frames to coefficients and log-spreads, all of batch 1.
+        input: Edge of what it sees, in pixels.
+    """
+
+    run: Callable[..., Sequence[npt.NDArray[Any]]]
+    input: int
+
+
+def seen(pixels: npt.NDArray[Any], edge: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """Return the image ``(1, 3, edge, edge)`` and the frame ``(1, 2)`` that a network looks at.
+
+    Args:
+        pixels: ``(H, W, 3)`` uint8, uint16 or float32.
+        edge: Of the square, in pixels.
+    """
+    height, width = pixels.shape[:2]
+    square = data.letterbox(_small(pixels, edge), edge)
+    image = np.ascontiguousarray(square.transpose(2, 0, 1)[None]).astype(np.float32) / np.float32(255)
+    return image, np.array([data.frame_of(width, height)], np.float32)
+
+
 @torch.inference_mode()
 def says(
-    net: ImageEstimator, pixels: npt.NDArray[Any]
+    net: ImageEstimator | Exported, pixels: npt.NDArray[Any]
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Return what a network says of a photo: coefficients ``(4,)``, and a root of their covariance.
 
@@ -231,11 +264,12 @@ def says(
         net: The network.
         pixels: ``(H, W, 3)`` uint8, uint16 or float32.
     """
-    where = next(net.parameters()).device
-    height, width = pixels.shape[:2]
-    square = data.letterbox(_small(pixels, net.input), net.input)
-    image = torch.from_numpy(square).permute(2, 0, 1)[None].to(where).float() / 255
-    guess: Guess = net(image, torch.tensor([data.frame_of(width, height)], device=where))
+    given = seen(pixels, net.input)
+    if isinstance(net, Exported):
+        guess = Guess(*map(torch.from_numpy, net.run(*given)))
+    else:
+        where = next(net.parameters()).device
+        guess = net(*(torch.from_numpy(each).to(where) for each in given))
     return guess.coefficients[0].double().cpu().numpy(), root(guess.log_spread)[0].double().cpu().numpy()
 
 

@@ -11,8 +11,12 @@ candidate: a robust plumb-line method whose weights are learnt, and which knows 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -73,11 +77,11 @@ def evidence(found: lines.Lines) -> Evidence:
     return Evidence(points[None], facts[None], torch.tensor([found.half_diagonal], dtype=torch.float32))
 
 
-def straightened(points: Tensor, candidates: Tensor) -> Tensor:
-    """Return points as they lie in the straight picture of each candidate.
+def displaced(points: Tensor, candidates: Tensor) -> Tensor:
+    """Return by how much points lie elsewhere in the straight picture of each candidate.
 
     The radial part is inverted by Newton on the radius; the tangential part, small beside it, to
-    first order.
+    first order. Not the places themselves: these would be rounded more.
 
     Args:
         points: ``(B, N, P, 2)`` normalised.
@@ -96,10 +100,18 @@ def straightened(points: Tensor, candidates: Tensor) -> Tensor:
         miss = radius * (1 + r2 * (k1 + r2 * k2)) - wanted
         radius = radius - miss / (1 + r2 * (3 * k1 + r2 * (5 * k2))).clamp(min=0.15)
         radius = torch.minimum(radius.clamp(min=0), 2 * wanted)  # where a candidate folds
-    share = radius / wanted.clamp(min=1e-6)
-    x, y, square = x * share, y * share, radius * radius
-    across = 2 * (p1 * y + p2 * x)
-    return torch.stack([x - across * x - p2 * square, y - across * y - p1 * square], -1)
+    square = radius * radius
+    bent = (k1 + k2 * square) * square
+    share = -bent / (1 + bent).clamp(min=0.4)
+    across, down = x * share, y * share
+    x, y = x + across, y + down
+    both = 2 * (p1 * y + p2 * x)
+    return torch.stack([across - both * x - p2 * square, down - both * y - p1 * square], -1)
+
+
+def straightened(points: Tensor, candidates: Tensor) -> Tensor:
+    """Return where points lie in the straight picture of each candidate; see ``displaced``."""
+    return points[:, None] + displaced(points, candidates)
 
 
 def bends(given: Evidence, candidates: Tensor) -> Tensor:
@@ -107,8 +119,12 @@ def bends(given: Evidence, candidates: Tensor) -> Tensor:
 
     The unit is a pixel of the photo: a candidate that shrinks an edge straightens nothing by that.
     """
-    left, length = lines.bows(straightened(given.points, candidates))
-    _, before = lines.bows(given.points)
+    moved = displaced(given.points, candidates)
+    own = (
+        given.points - given.points[..., :1, :]
+    )  # seen from an edge's first point: numbers as small as it is
+    left, length = lines.bows(own[:, None] + (moved - moved[..., :1, :]))
+    _, before = lines.bows(own)
     scale = given.half_diagonal[:, None, None] * before[:, None] / length.clamp(min=1e-6)
     scaled: Tensor = left * scale[..., None]
     return scaled
@@ -122,10 +138,8 @@ def _neighbours(middle: Tensor, way: Tensor, length: Tensor, real: Tensor) -> Te
     parallel = (way[:, None] * way[:, :, None]).sum(-1).abs() > 0.985
     beside = along < 0.5 * (length[:, None] + length[:, :, None])
     both = parallel & beside & real[:, None] & real[:, :, None]
-    counts: Tensor = (
-        torch.stack([(both & (off < near)).sum(-1) - 1 for near in NEAR], -1).clamp(min=0).float()
-    )
-    return counts
+    counts = torch.stack([(both & (off < near)).sum(-1) - 1 for near in NEAR], -1).to(length.dtype)
+    return counts.clamp(min=0)
 
 
 def _alike(way: Tensor, length: Tensor) -> Tensor:
@@ -139,7 +153,7 @@ def features(given: Evidence) -> tuple[Tensor, Tensor]:
     """Return what an edge is like, ``(B, N, FEATURES)`` of about unit size, and which are real."""
     points, facts, half = given
     real = facts[..., 0] > 0
-    bow, length = lines.bows(points)
+    bow, length = lines.bows(points - points[..., :1, :])
     middle, chord = points.mean(2), points[:, :, -1] - points[:, :, 0]
     way = chord / length.clamp(min=1e-6)[..., None]
     distance = middle.square().sum(-1).sqrt()
@@ -147,7 +161,7 @@ def features(given: Evidence) -> tuple[Tensor, Tensor]:
     near = _neighbours(middle, way, length, real)
     pixels, rms, contrast, gap = facts.unbind(-1)
     size = half[:, None].expand_as(length)
-    count = real.sum(1, keepdim=True).float().expand_as(length)
+    count = real.sum(1, keepdim=True).to(length.dtype).expand_as(length)
     every = [
         (length + 1e-3).log() + 1.2,
         ((pixels + 1) / (length * size + 1)).log(),
@@ -194,12 +208,12 @@ class LinesNet(nn.Module):
         """Return what each edge says."""
         looks, real = features(given)
         own = self.own(looks) * real[..., None]
-        count = real.sum(1).clamp(min=1)[:, None]
+        count = real.sum(1, keepdim=True).to(own.dtype).clamp(min=1)
         highest = own.masked_fill(~real[..., None], -1e4).amax(1).clamp(min=-10)
         rest = self.rest(torch.cat([own.sum(1) / count, highest], -1))
-        said = self.says(self.both(torch.cat([own, rest[:, None].expand(-1, own.shape[1], -1)], -1))).float()
+        said = self.says(self.both(torch.cat([own, rest[:, None].expand(-1, own.shape[1], -1)], -1)))
         said = said.unflatten(-1, (KINDS, PARAMETERS)).permute(0, 2, 1, 3)
-        return weights(self.kind(rest).float(), said, given, real)
+        return weights(self.kind(rest), said, given, real)
 
 
 _APART = (0.0, 1.5, -0.3, -0.3, 0.0, 0.0)
@@ -219,8 +233,8 @@ def weights(kind: Tensor, said: Tensor, given: Evidence, real: Tensor) -> Weight
     size = (length * given.half_diagonal[:, None])[:, None]
     trust = torch.sigmoid(said[..., 0]) * real[:, None]
     straight = said[..., 1] - 1
-    noise, noise_cubic = (0.12 * said[..., n].clamp(-3, 1.2).exp() for n in (2, 3))
-    bend, bend_cubic = ((0.2 + 0.012 * size) * said[..., n].clamp(-3, 4).exp() for n in (4, 5))
+    noise, noise_cubic = (0.12 * said[..., n].clamp(-3.0, 1.2).exp() for n in (2, 3))
+    bend, bend_cubic = ((0.2 + 0.012 * size) * said[..., n].clamp(-3.0, 4.0).exp() for n in (4, 5))
     return Weights(kind.log_softmax(-1), trust, straight, noise, noise_cubic, bend, 0.4 * bend_cubic)
 
 
@@ -243,8 +257,57 @@ def log_likelihood(said: Weights, left: Tensor) -> Tensor:
     quadratic, cubic = left[:, None].unbind(-1)
     good = _student(quadratic, noise, NOISE_FREEDOM) + _student(cubic, noise_cubic, NOISE_FREEDOM)
     other = _student(quadratic, bend, BEND_FREEDOM) + _student(cubic, bend_cubic, BEND_FREEDOM)
-    mixed = torch.logaddexp(good + functional.logsigmoid(straight), other + functional.logsigmoid(-straight))
-    return torch.logsumexp((trust * mixed).sum(-1) + said.kind[..., None], 1)
+    good, other = good - functional.softplus(-straight), other - functional.softplus(straight)
+    # Spelt out: exported, functions of torch's may lose their guard against overflow.
+    mixed = torch.maximum(good, other) + torch.log1p((-(good - other).abs()).exp())
+    each = (trust * mixed).sum(-1) + said.kind[..., None]
+    top = each.amax(1, keepdim=True)
+    summed: Tensor = top[:, 0] + (each - top).exp().sum(1).log()
+    return summed
+
+
+PIECE = 128
+"""Candidates that are judged at once."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A ``LinesNet`` in a file, run by a runtime.
+
+    Attributes:
+        run: Points, facts, half diagonal, candidates to ``[(1, K)]`` log-likelihoods.
+        edges: Edges that it takes; None takes any number.
+        candidates: The same of candidates.
+    """
+
+    run: Callable[..., Sequence[npt.NDArray[Any]]]
+    edges: int | None = None
+    candidates: int | None = None
+
+    def likelihood(self, found: lines.Lines) -> Callable[[npt.NDArray[np.float64]], npt.NDArray[np.float64]]:
+        """Return the likelihood by edges, by the longest where there are more than the file takes."""
+        points, facts, half = (part.numpy() for part in filled(evidence(found), self.edges))
+        count = self.candidates or PIECE
+
+        def likelihood(candidates: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+            parts = []
+            for start in range(0, len(candidates), count):
+                part = candidates[start : start + count].astype(np.float32)
+                given = np.zeros((1, self.candidates or len(part), 4), np.float32)
+                given[0, : len(part)] = part
+                (out,) = self.run(points, facts, half, given)
+                parts.append(out[0, : len(part)])
+            return np.concatenate(parts).astype(np.float64)
+
+        return likelihood
+
+
+def filled(given: Evidence, count: int | None) -> Evidence:
+    """Return so many edges of a photo, at least 2 where None: the longest, or filled up with nothing."""
+    count = count or max(2, given.points.shape[1])
+    more = max(0, count - given.points.shape[1])
+    points = functional.pad(given.points, (0, 0, 0, 0, 0, more))[:, :count]
+    return Evidence(points, functional.pad(given.facts, (0, 0, 0, more))[:, :count], given.half_diagonal)
 
 
 def fixed(given: Evidence) -> Weights:

@@ -136,6 +136,12 @@ class Infer(common.Infer):
     )
 
 
+class Export(common.Export):
+    """Write a network as a file that runs elsewhere, and prove it."""
+
+    example: ClassVar[str] = "imgtool export lens --to onnx"
+
+
 class Bench(common.Bench):
     """Measure the lens engine: accuracy beside doing nothing, harm, and the cost of applying."""
 

@@ -1,0 +1,114 @@
+"""What a writer of files is given, and the lengths of the inputs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from imgtool.errors import ImgtoolError
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from imgtool.engine import Port
+
+    Arrays = tuple[npt.NDArray[Any], ...]
+
+Precision = Literal["fp32", "fp16", "int8"]
+
+PICTURE = ("height", "width")
+"""The axes that --size fixes."""
+
+
+def length(word: int | str, sizes: Mapping[str, int]) -> int:
+    """Return a length of a ``Slot``: a number, an axis, or an axis times or divided by a number.
+
+    >>> [length(word, {"height": 6}) for word in (3, "height", "2*height", "height/2")]
+    [3, 6, 12, 3]
+    """
+    if isinstance(word, int):
+        return word
+    factor, _, divided = word.rpartition("*")
+    axis, _, divisor = divided.partition("/")
+    return int(factor or 1) * sizes[axis] // int(divisor or 1)
+
+
+def axis_of(word: int | str) -> str:
+    """Return the axis that a length speaks of, "" for a number.
+
+    >>> [axis_of(word) for word in (3, "height", "2*height", "height/2")]
+    ['', 'height', 'height', 'height']
+    """
+    return "" if isinstance(word, int) else word.rpartition("*")[2].partition("/")[0]
+
+
+@dataclass(frozen=True)
+class Order:
+    """A network to be written.
+
+    Attributes:
+        port: What the file shall hold, on the CPU, in evaluation mode, float32.
+        sizes: Length of every axis: that of the file where it is fixed, else of the example.
+        free: Axes that stay free.
+        about: What the file shall say of itself, as JSON; see ``sidecar``.
+        precision: Of the numbers in it.
+        calibration: Real inputs to find the ranges of 8 bits with; empty for other precisions.
+        opset: Of ONNX.
+        gpu_safe: Whether TFLite spells sub-pixel layers as transposed convolutions.
+    """
+
+    port: Port
+    sizes: Mapping[str, int]
+    free: frozenset[str]
+    about: Mapping[str, Any]
+    precision: Precision = "fp32"
+    calibration: Sequence[Arrays] = ()
+    opset: int = 18
+    gpu_safe: bool = False
+
+    def shape(self, number: int) -> tuple[int, ...]:
+        """Return the shape of input ``number`` with every axis at its length."""
+        return tuple(length(word, self.sizes) for word in self.port.inputs[number].shape)
+
+
+def read_size(text: str, flag: str) -> tuple[int, int]:
+    """Return height and width of a text such as "1080x1920".
+
+    Raises:
+        ImgtoolError: It is no such text.
+    """
+    found = re.fullmatch(r"\s*(\d{1,6})\s*[x×]\s*(\d{1,6})\s*", text)
+    if not found or "0" in found.groups():
+        raise ImgtoolError(f"{flag} {text} is no size", f"give HEIGHTxWIDTH, such as {flag} 1080x1920")
+    return int(found[1]), int(found[2])
+
+
+def lengths(port: Port, size: str, dynamic: bool, free_form: bool) -> tuple[dict[str, int], frozenset[str]]:
+    """Return the length of every axis, and which axes stay free.
+
+    Args:
+        port: Whose axes.
+        size: What --size says, "" for nothing.
+        dynamic: Whether sizes are to stay free although --size names one.
+        free_form: Whether the format knows free lengths.
+
+    Raises:
+        ImgtoolError: A size that the network cannot take.
+    """
+    sizes = {name: axis.usual for name, axis in port.axes.items()}
+    if size:
+        wanted = dict(zip(PICTURE, read_size(size, "--size"), strict=True))
+        if not set(wanted) <= set(port.axes):
+            raise ImgtoolError("--size: this network takes no pictures of a size", "leave it out")
+        sizes |= wanted
+    for name, axis in port.axes.items():
+        if sizes[name] % axis.multiple or sizes[name] < axis.least:
+            least = -(-axis.least // axis.multiple) * axis.multiple
+            near = max(-(-sizes[name] // axis.multiple) * axis.multiple, least)
+            what = f"--size {size}: a {name} of {sizes[name]} is not possible"
+            rule = f"it must be {least} or more" + f", a multiple of {axis.multiple}" * (axis.multiple > 1)
+            raise ImgtoolError(what, f"{rule}, such as {near}")
+    can = frozenset(name for name, axis in port.axes.items() if axis.free and free_form)
+    return sizes, can if dynamic or not size else frozenset()

@@ -1,0 +1,3 @@
+"""What pytest must not import."""
+
+collect_ignore = ["plain"]
