@@ -293,6 +293,7 @@ class Loss:
         of: ``(outputs of torch, outputs of the file) -> value`` for one set of inputs.
         limit: The mean over real inputs must be at least, or at most, this.
         higher_is_better: Its direction.
+        worst: What no real input may be worse than; None where the mean alone is judged.
     """
 
     name: str
@@ -300,6 +301,11 @@ class Loss:
     of: Callable[[Sequence[Pixels], Sequence[Pixels]], float]
     limit: float
     higher_is_better: bool
+    worst: float | None = None
+
+    def holds(self, value: float, limit: float) -> bool:
+        """Tell whether a value keeps a limit; one that is not a number keeps none."""
+        return value >= limit if self.higher_is_better else value <= limit
 
 
 @dataclass(frozen=True)
@@ -320,6 +326,7 @@ class Port:
         loss: What 8 bits may cost; None judges by PSNR.
         refuse: Format or precision to the reason why it makes no sense.
         beside: Suffix to content of files that go with the file, such as ".tuning.json".
+        note: What a user should know of what was chosen; "" for nothing.
     """
 
     module: nn.Module
@@ -334,6 +341,7 @@ class Port:
     loss: Loss | None = None
     refuse: Mapping[str, str] = field(default_factory=dict)
     beside: Mapping[str, bytes] = field(default_factory=dict)
+    note: str = ""
 
 
 class Crew(Protocol):

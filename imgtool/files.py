@@ -176,31 +176,35 @@ def atomic(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
-    """Give an empty folder beside the target that takes its place when the block succeeds.
+    """Give an empty folder beside the target whose content becomes the target's when the block succeeds.
 
-    When the block fails, nothing is left behind and an existing target stays as it was.
+    What was in the target before is gone then. When the block fails, nothing is left behind and an existing
+    target stays as it was.
 
     Raises:
         ImgtoolError: The disk is full, the place may not be written, ...
     """
-    blank = target.with_name(f".imgtool-{os.urandom(8).hex()}")
+    blank = target.absolute().with_name(f".imgtool-{os.urandom(8).hex()}")
     old = blank.with_suffix(".old")
     try:
         blank.mkdir(parents=True)
-    except OSError as fault:
-        raise _unwritable(target, fault) from None
-    try:
         yield blank
-        if target.exists():
-            os.replace(target, old)
-        os.replace(blank, target)
+        _move(target, old) if target.exists() else target.mkdir()
+        _move(blank, target)
     except OSError as fault:
+        if old.exists():
+            _move(old, target)
         raise _unwritable(target, fault) from None
     finally:
-        if old.exists() and not target.exists():
-            os.replace(old, target)
         for folder in (blank, old):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _move(source: Path, target: Path) -> None:
+    """Move all that a folder holds into another; the folder itself may be somebody's working directory."""
+    target.mkdir(exist_ok=True)
+    for path in list(source.iterdir()):
+        os.replace(path, target / path.name)
 
 
 @contextmanager

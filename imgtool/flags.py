@@ -168,7 +168,7 @@ def flags(cls: type[Settings]) -> list[Flag]:
     found = []
     for name, info in cls.model_fields.items():
         kind, many = _kind(info.annotation)
-        extra = declared(info)
+        extra = {key: value for key, value in declared(info).items() if key in Flag.__dataclass_fields__}
         text, told = _sentence(info.description or "")
         notes = ["required"] if info.is_required() else [*_default(info.default, told)]
         notes += [*_limits(info.metadata)] if kind in (int, float) else []

@@ -94,6 +94,18 @@ def _array(body: memoryview, dtype: str, shape: Sequence[int], data_offsets: Seq
     return np.frombuffer(body[begin:end], kinds[dtype]).reshape(shape).astype(np.float32)
 
 
+def digest(state: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of parameters: their names and float32 values, by name."""
+    import hashlib
+
+    import numpy as np
+
+    found = hashlib.sha256()
+    for name, values in sorted(state.items()):
+        found.update(name.encode() + np.ascontiguousarray(values, np.float32).tobytes())
+    return found.hexdigest()
+
+
 def read(path: Path, engine: str) -> Weights:
     """Read a weights file without running code from it.
 

@@ -24,6 +24,7 @@ from imgtool.errors import USAGE, ImgtoolError
 
 Array = npt.NDArray[Any]
 Run = Callable[[Array], Array]
+Opener = Callable[[Path, bytes], "_Parts"]
 
 KINDS = {".onnx": "onnx", ".tflite": "tflite", ".xml": "openvino", ".pt2": "pt2"}
 """Suffix of a file that can be run to its kind."""
@@ -137,9 +138,9 @@ class Loaded:
             given[place] = self._stored(value, array)
         try:
             out = self._run(given)
-        except Exception as fault:
-            if isinstance(fault, MemoryError):
-                raise
+        except MemoryError:
+            raise
+        except Exception as fault:  # noqa: BLE001 - runtimes' exceptions have no common base
             shapes = ", ".join(_words(array.shape) for array in arrays)
             what = f"{self.path} fails on an input of {shapes}: {_first_line(fault)}"
             raise ImgtoolError(what, "try another size, or export the network again") from None
@@ -184,7 +185,7 @@ def open(path: Path, threads: int = 1, trusted: bool = False) -> Loaded:
 
     Args:
         path: The file; its suffix tells the kind.
-        threads: How many its runtime may take.
+        threads: How many its runtime may take; 0 or less is all cores that this process may use.
         trusted: Whether it may run code of its own, as .pt2 files can.
 
     Raises:
@@ -225,19 +226,28 @@ def load(path: Path, kind: str) -> Run:
 def _open(path: Path, kind: str, threads: int) -> Loaded:
     require(kind)
     data = files.read(path)
-    opener = {"onnx": _onnx, "tflite": _tflite, "openvino": _openvino, "pt2": _pt2}[kind]
-    try:
-        with _silence():
-            parts = opener(path, data, threads)
-    except Exception as fault:
-        if isinstance(fault, MemoryError):
+    if kind == "openvino" and not path.with_suffix(".bin").is_file():
+        what = f"{path} lacks {path.with_suffix('.bin').name} beside it, which holds its weights"
+        raise ImgtoolError(what, "put it there: an OpenVINO model is both files")
+    prepared = {"onnx": _onnx, "tflite": _tflite, "openvino": _openvino, "pt2": _pt2}[kind]
+    with _silence():
+        opener = prepared(threads if threads > 0 else _cores())  # its faults are not the file's
+        try:
+            parts = opener(path, data)
+        except MemoryError:
             raise
-        raise _no_model(path, kind) from None
+        except Exception:  # noqa: BLE001 - nor have those for damaged files
+            raise _no_model(path, kind) from None
     for value in parts.inputs:
         if value.dtype not in ("float32", "float16", "float64"):
             what = f"{path} takes numbers of the type {value.dtype}, not floating-point numbers"
             raise ImgtoolError(what, _AGAIN)
     return Loaded(path, kind, parts)
+
+
+def _cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _no_model(path: Path, kind: str) -> ImgtoolError:
@@ -286,7 +296,7 @@ def _silence() -> Iterator[None]:
         os.close(nowhere)
 
 
-def _onnx(path: Path, data: bytes, threads: int) -> _Parts:
+def _onnx(threads: int) -> Opener:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -294,8 +304,14 @@ def _onnx(path: Path, data: bytes, threads: int) -> _Parts:
     options.log_severity_level = 4
     for pool in ("intra_op", "inter_op"):
         options.add_session_config_entry(f"session.{pool}.allow_spinning", "0")
-    session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
 
+    def opened(path: Path, data: bytes) -> _Parts:
+        return _of_session(onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"]))
+
+    return opened
+
+
+def _of_session(session: Any) -> _Parts:
     def value(found: Any) -> Value:
         shape = tuple(length if isinstance(length, int) else None for length in found.shape)
         dtype = found.type.removeprefix("tensor(").removesuffix(")")
@@ -325,11 +341,18 @@ def _appended(data: bytes) -> bytes | None:
         return None
 
 
-def _tflite(path: Path, data: bytes, threads: int) -> _Parts:
+def _tflite(threads: int) -> Opener:
     from ai_edge_litert.interpreter import Interpreter
 
-    interpreter = Interpreter(model_content=data, num_threads=threads)
-    interpreter.allocate_tensors()
+    def opened(path: Path, data: bytes) -> _Parts:
+        interpreter = Interpreter(model_content=data, num_threads=threads)
+        interpreter.allocate_tensors()
+        return _of_interpreter(interpreter, data)
+
+    return opened
+
+
+def _of_interpreter(interpreter: Any, data: bytes) -> _Parts:
     names: dict[int, str] = {}
     for key in [*interpreter.get_signature_list()][:1]:
         runner = interpreter.get_signature_runner(key)
@@ -351,15 +374,23 @@ def _tflite(path: Path, data: bytes, threads: int) -> _Parts:
     return _Parts([*map(value, inputs)], [*map(value, outputs)], run, _appended(data))
 
 
-def _openvino(path: Path, data: bytes, threads: int) -> _Parts:
+def _openvino(threads: int) -> Opener:
     import openvino
 
-    model = openvino.Core().read_model(path)
-    about = model.get_rt_info([ABOUT]).astype(str) if model.has_rt_info([ABOUT]) else None
+    core = openvino.Core()
     # Without the first of these, some processors compute in bfloat16.
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1}
-    compiled = openvino.Core().compile_model(model, "CPU", settings)
+    core.set_property("CPU", settings)
 
+    def opened(path: Path, data: bytes) -> _Parts:
+        model = core.read_model(path)
+        about = model.get_rt_info([ABOUT]).astype(str) if model.has_rt_info([ABOUT]) else None
+        return _of_compiled(core.compile_model(model, "CPU"), about)
+
+    return opened
+
+
+def _of_compiled(compiled: Any, about: str | None) -> _Parts:
     def value(found: Any) -> Value:
         lengths = tuple(each.get_length() if each.is_static else None for each in found.get_partial_shape())
         name = found.get_any_name() if found.get_names() else ""
@@ -372,7 +403,7 @@ def _openvino(path: Path, data: bytes, threads: int) -> _Parts:
     return _Parts([*map(value, compiled.inputs)], [*map(value, compiled.outputs)], run, about)
 
 
-def _pt2(path: Path, data: bytes, threads: int) -> _Parts:
+def _pt2(threads: int) -> Opener:
     import io
     import logging
 
@@ -380,8 +411,17 @@ def _pt2(path: Path, data: bytes, threads: int) -> _Parts:
 
     logging.getLogger("torch.export").setLevel(logging.CRITICAL)  # it shows tracebacks of damaged files
     torch.set_num_threads(threads)
-    extra: dict[str, Any] = {f"{ABOUT}.json": ""}
-    program = torch.export.load(io.BytesIO(data), extra_files=extra)
+
+    def opened(path: Path, data: bytes) -> _Parts:
+        extra: dict[str, Any] = {f"{ABOUT}.json": ""}
+        return _of_program(torch.export.load(io.BytesIO(data), extra_files=extra), extra[f"{ABOUT}.json"])
+
+    return opened
+
+
+def _of_program(program: Any, about: str) -> _Parts:
+    import torch
+
     module = program.module()
     nodes = {node.name: node for node in program.graph.nodes}
 
@@ -397,4 +437,4 @@ def _pt2(path: Path, data: bytes, threads: int) -> _Parts:
 
     signature = program.graph_signature
     inputs, outputs = ([*map(value, each)] for each in (signature.user_inputs, signature.user_outputs))
-    return _Parts(inputs, outputs, run, extra[f"{ABOUT}.json"])
+    return _Parts(inputs, outputs, run, about)

@@ -54,6 +54,7 @@ def setting(
     panel: str = RUN,
     short: str = "",
     argument: bool = False,
+    served: bool = False,
     **limits: Any,
 ) -> Any:
     """Declare a setting.
@@ -66,16 +67,19 @@ def setting(
             taken from the checkpoint when one is loaded.
         short: One-letter flag such as "-o".
         argument: True for a positional argument.
+        served: Whether a request to a service may give it: of one photo, and none that names a file, a
+            device, or memory.
         limits: Any constraint of ``pydantic.Field``: ge, gt, le, lt, multiple_of.
     """
-    extra: dict[str, Any] = {"panel": panel, "short": short, "argument": argument}
+    extra: dict[str, Any] = {"panel": panel, "short": short, "argument": argument, "served": served}
     return Field(default=default, description=help, json_schema_extra=extra, **limits)
 
 
 def declared(info: FieldInfo) -> dict[str, Any]:
-    """Return what ``setting`` was told beside default, help and limits: panel, short, argument."""
+    """Return what ``setting`` was told beside default, help and limits: panel, short, argument, served."""
     extra = info.json_schema_extra
-    return {"panel": RUN, "short": "", "argument": False} | (extra if isinstance(extra, dict) else {})
+    usual = {"panel": RUN, "short": "", "argument": False, "served": False}
+    return usual | (extra if isinstance(extra, dict) else {})
 
 
 def _at_home(value: Any) -> Any:
@@ -214,9 +218,9 @@ class Infer(Common):
         short="-o",
     )
     format: Literal["", "jpg", "png", "tif", "webp"] = setting(
-        "", "File type of the output [default: that of the input or of -o].", panel=FILES
+        "", "File type of the output [default: that of the input or of -o].", panel=FILES, served=True
     )
-    quality: int = setting(95, "Quality of JPEG and WebP output.", panel=FILES, ge=1, le=100)
+    quality: int = setting(95, "Quality of JPEG and WebP output.", panel=FILES, ge=1, le=100, served=True)
     force: bool = setting(False, "Overwrite outputs that exist.", panel=FILES, short="-f")
     skip_existing: bool = setting(
         False, "Leave out inputs whose output exists: resumes a batch.", panel=FILES
@@ -259,10 +263,10 @@ class Bench(Common):
     report: Path | None = setting(None, "Write the figures and pictures into this folder.", panel=MEASUREMENT)
 
 
-class Export(Common):
+class Export(Settings):
     """Write a network as a file that runs elsewhere, and prove it."""
 
-    threads: int = setting(1, "CPU threads of the runs that are compared; 0 takes all cores.", ge=0, le=1024)
+    threads: int = setting(0, "CPU threads; 0 takes all cores.", ge=0, le=1024)
     to: Literal["onnx", "tflite", "pt2", "openvino", "azure-function", "docker"] = setting(
         ..., "What is written: a model file, or a folder that serves the engine over HTTP.", panel=OUTPUT
     )
@@ -302,14 +306,14 @@ class Export(Common):
         32, "int8: inputs taken from --photos to find the ranges.", panel=MEASUREMENT, ge=1, le=4096
     )
     largest: str = setting(
-        "1080x1920", "Largest size at which a file of free size is compared.", panel=MEASUREMENT
+        "1080x1920", "Largest picture at which a file of free size is compared too.", panel=MEASUREMENT
     )
-    limit: float = setting(
-        0.0,
-        "Largest difference to torch in float64, as a share of the output's range [default: 1e-5, TFLite "
-        "1e-4, fp16 1/255]; for int8 what the engine counts in, such as least dB.",
+    limit: float | None = setting(
+        None,
+        "Largest difference to torch in float64, as a share of the output's range; for int8 what the engine "
+        "counts in, such as least dB [default: 1e-5, TFLite 1e-4, fp16 1/255].",
         panel=MEASUREMENT,
-        ge=0,
+        gt=0,
     )
     auth: Literal["function", "anonymous", "admin"] = setting(
         "function", "azure-function: who may call it.", panel=SERVICE

@@ -98,8 +98,9 @@ def windows(size: int, length: int, halo: int, facts: TileFacts) -> list[Span]:
     """Cut one axis into cores of which each is read with exactly ``length`` pixels.
 
     A window begins at a multiple of the network's grid: the first where the photo begins, the last so that it
-    holds the photo's end, and less than a grid beyond it, which is mirrored. A photo that is smaller than a
-    window is mirrored up to its end.
+    ends with the photo or, where it cannot, a quarter of a grid beyond it at least, which is mirrored: the
+    file mirrors again at the window's end, and a few mirrored pixels between both would be mended badly. A
+    photo that is smaller than a window is mirrored up to its end.
 
     >>> [(s.start, s.stop, s.read_start) for s in windows(21, 12, 4, TileFacts(multiple=2))]
     [(0, 8, 0), (8, 12, 4), (12, 14, 8), (14, 21, 10)]
@@ -107,15 +108,17 @@ def windows(size: int, length: int, halo: int, facts: TileFacts) -> list[Span]:
     Raises:
         ImgtoolError: Nothing of a window is left without its halo.
     """
-    if size <= length:
-        return [Span(0, size, 0, length)]
     step = (length - 2 * halo) // facts.grid * facts.grid
+    last = max(_up(size - length, facts.grid), 0)
+    if 0 < last + length - size < facts.grid // 4 and step >= facts.grid:
+        last += facts.grid
+    if not last:
+        return [Span(0, size, 0, length)]
     if step < facts.grid:
         raise ImgtoolError(
             f"a file for {length} pixels leaves nothing of a tile but its context of {halo} on each side",
             f"export it for free sizes, or for a size of {size}, or of {2 * halo + facts.grid} at least",
         )
-    last = _up(size - length, facts.grid)
     begins = [*range(0, last, step), last]
     ends = [0, *(begin + halo for begin in begins[1:]), size]
     return [Span(ends[i], ends[i + 1], begin, begin + length) for i, begin in enumerate(begins)]

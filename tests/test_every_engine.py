@@ -54,7 +54,7 @@ NETWORKS = [
 HEAVY = ("torch", "numpy", "cv2", "PIL", "rawpy", "matplotlib", "jinja2", "tifffile", "safetensors")
 
 names = pytest.mark.parametrize("name", engines.SUMMARY)
-SLOW = ("original", "punet", "unshuffle", "dilated", "int8")
+SLOW = ("efficientnet-b0", "original", "unet-seed", "punet", "unshuffle", "dilated", "int8")
 """Networks tested with the slow tests: large ones, and those that differ from another in a last layer."""
 
 networks = pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import io
 import os
 import struct
+import tracemalloc
 import warnings
 import zlib
 from dataclasses import replace
@@ -526,6 +527,44 @@ def test_tiff_of_tifffile(planar, byteorder, dtype):
 def test_tiff_layouts(options):
     array = pixels_of(np.uint16)
     assert np.array_equal(images.read(tiff_of(array, photometric="rgb", **options)).pixels, array)
+
+
+def with_tags(data, **values) -> bytes:
+    """Return a TIFF in which tags have another value, a single number of 32 bits."""
+    out = bytearray(data)
+    with tifffile.TiffFile(io.BytesIO(data)) as file:
+        for name, value in values.items():
+            place = file.pages[0].tags[name].offset + 2
+            out[place : place + 10] = struct.pack("<HII", 4, 1, value)
+    return bytes(out)
+
+
+@pytest.mark.parametrize("compression", ["zlib", None])
+def test_tiff_with_tiles_far_larger_than_the_photo(compression):
+    pixels = np.zeros((64, 64), np.uint8)
+    whole = tiff_of(pixels, photometric="minisblack", tile=(512, 512), compression=compression)
+    assert images.read(whole).pixels.shape == (64, 64, 3)
+    fault = refused(images.read, with_tags(whole, TileWidth=20480, TileLength=20480))
+    assert "its tiles are larger than the photo" in fault.what
+
+
+@pytest.mark.parametrize(("tile", "kind"), [(None, "Strip"), ((64, 64), "Tile")])
+def test_tiff_whose_strips_unpack_to_far_more_than_the_photo(tile, kind):
+    whole = tiff_of(pixels_of(np.uint8, 64, 64), photometric="rgb", tile=tile, compression="zlib")
+
+    def with_bytes(count) -> bytes:
+        strip = zlib.compress(bytes(count))
+        return with_tags(whole, **{f"{kind}ByteCounts": len(strip), f"{kind}Offsets": len(whole)}) + strip
+
+    for few in (0, 999):
+        assert not images.read(with_bytes(64 * 64 * 3 + few)).pixels.any()
+    bomb = with_bytes(40_000_000)
+    tracemalloc.start()
+    try:
+        assert "hold more than the photo" in refused(images.read, bomb).what
+        assert tracemalloc.get_traced_memory()[1] < 2_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_tiff_white_is_zero():

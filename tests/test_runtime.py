@@ -161,6 +161,40 @@ def test_what_takes_whole_numbers_is_refused(onnx: ModuleType, tmp_path: Path) -
         runtime.open(path)
 
 
+@pytest.mark.parametrize("threads", [0, -1])
+def test_no_number_of_threads_is_all_cores(
+    threads: int, doubling: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("ai_edge_litert")
+    from ai_edge_litert import interpreter
+
+    taken: list[int] = []
+    real = interpreter.Interpreter
+
+    def noted(**given: Any) -> Any:
+        taken.append(given["num_threads"])
+        return real(**given)
+
+    monkeypatch.setattr(interpreter, "Interpreter", noted)
+    monkeypatch.setattr(runtime.os, "sched_getaffinity", lambda process: {0, 1, 5}, raising=False)
+    assert runtime.open(SHIPPED, threads)(*noise(runtime.open(SHIPPED)))[0].size > 0
+    assert taken == [3, 1]
+    assert runtime.open(doubling, threads)(np.ones((2, 3)))[0].sum() == 12
+
+
+def test_what_is_wrong_with_the_runtime_is_not_said_of_the_file(
+    doubling: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken() -> None:
+        raise RuntimeError("no such option")
+
+    import onnxruntime
+
+    monkeypatch.setattr(onnxruntime, "SessionOptions", broken)
+    with pytest.raises(RuntimeError, match="no such option"):
+        runtime.open(doubling)
+
+
 @pytest.mark.parametrize("kind", runtime.PACKAGES)
 @pytest.mark.parametrize("content", [b"", b"no model at all, but some words", bytes(4096)])
 def test_what_is_no_model(
@@ -279,9 +313,13 @@ def test_openvino_computes_in_single_precision(onnx: ModuleType, tmp_path: Path)
     np.testing.assert_allclose(loaded(x)[0], x**2, rtol=1e-7)
     with pytest.raises(ImgtoolError, match="of any×2, not of 3×3"):
         loaded(np.zeros((3, 3)))
-    path.with_suffix(".bin").unlink(missing_ok=True)
-    path.write_text(path.read_text()[:-300])
+    whole = path.read_text()
+    path.write_text(whole[:-300])
     with pytest.raises(ImgtoolError, match="is not a model that can be run as openvino"):
+        runtime.open(path)
+    path.write_text(whole)
+    path.with_suffix(".bin").unlink()
+    with pytest.raises(ImgtoolError, match=r"m\.xml lacks m\.bin beside it"):
         runtime.open(path)
 
 

@@ -7,33 +7,39 @@ import http.client
 import io
 import json
 import logging
+import socket
 import struct
 import tempfile
 import threading
+import time
+import tracemalloc
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import tifffile
-import waitress
 from PIL import Image
-from waitress import wasyncore
 
 from imgtool import cli, engines, header, images
 from imgtool.errors import ImgtoolError
-from imgtool.serve import SERVED, Limits, Reply, Request, Service, served, wsgi
+from imgtool.serve import Limits, Reply, Request, Service, request, served, sizes, wsgi
+from imgtool.serve.server import Server
 
 ROOT = Path(__file__).parents[1]
 CHART = ROOT / "examples" / "chart.kdc"
 LIMITS = Limits(max_mb=0.2, max_megapixels=0.5)
-WITHHELD = {
-    "device", "threads", "inputs", "out", "force", "skip_existing", "fail_fast", "compare", "side_by_side",
-    "report", "zip", "weights", "memory", "tile", "overlap", "runtime", "tuning", "export", "compare_methods",
-    "group", "coeffs",
-}  # fmt: skip
+SERVED = {
+    "awb": "black ct_range domain fallback format lux mask method quality sure white",
+    "deblur": "format quality strength",
+    "filter": "format quality target",
+    "isp": "area bits black demosaic depth ev flip format noise pattern quality size wb white",
+    "lens": "border crop estimator format interpolation normalisation quality risk strength",
+}
 
 
 @pytest.fixture(scope="module")
@@ -161,19 +167,37 @@ def test_a_body_a_form_and_json_are_one_photo(sobel: Service) -> None:
     hostile = form(body, "../../../../etc/passwd\0.png")
     assert post(sobel, form(body), kind='multipart/form-data; boundary="x7"').body == expected
     assert post(sobel, b"preamble\r\n" + hostile, kind="multipart/form-data; boundary=x7").body == expected
+    assert "+" in text
+    assert "/" in text
     for image in (text, f"data:image/png;base64,{text}"):
-        sent = json.dumps({"image": image}).encode()
-        assert post(sobel, sent, kind="application/json; charset=utf-8").body == expected
+        plain = json.dumps({"image": image}, indent=1)
+        # What writers of JSON may make of these characters.
+        for sent in (plain, plain.replace("/", "\\/").replace("+", "\\u002B").replace("=", "\\u003d")):
+            assert json.loads(sent) == {"image": image}
+            assert post(sobel, sent.encode(), kind="application/json; charset=utf-8").body == expected
+
+
+def test_json_is_not_built_before_it_is_known_to_be_a_photo(sobel: Service) -> None:
+    body = b"[" + b"[]," * 60_000 + b"[]]"
+    tracemalloc.start()
+    try:
+        assert post(sobel, body, kind="application/json").status == 400
+        assert tracemalloc.get_traced_memory()[1] < 2 * len(body)
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize(
     ("body", "kind", "word"),
     [
         (b"", "", "no body"),
-        (b"{", "application/json", "not JSON"),
-        (b"[" * 100_000, "application/json", "not JSON"),
+        (b"{", "application/json", "image"),
+        (b"[" * 100_000, "application/json", "image"),
         (b'{"image": 3}', "application/json", "image"),
         (b'{"image": "", "out": "/etc/x"}', "application/json", "image"),
+        (b'{"image": "", "image": ""}', "application/json", "image"),
+        (b'{"image": "AAA"}', "application/json", "base64"),
+        (b'{"image": "\\u0041"}', "application/json", "base64"),
         (b'{"image": "not*base64"}', "application/json", "base64"),
         (b'{"image": ""}', "application/json", "empty"),
         (form(b"x"), "multipart/form-data", "boundary"),
@@ -202,6 +226,7 @@ def test_hostile_and_wrong_settings_are_refused(name: str, value: str, sobel: Se
     reply = post(sobel, encoded(), **{name: value})
     assert reply.status == 400
     assert set(told(reply)) == {"error", "hint"}
+    assert request.NAME.encode() not in reply.body
     assert str(ROOT).encode() not in reply.body
 
 
@@ -216,11 +241,8 @@ def test_a_wrong_setting_is_told_in_the_words_of_the_command_line(
 
 
 @pytest.mark.parametrize("engine", engines.SUMMARY)
-def test_every_setting_of_infer_is_served_or_withheld(engine: str) -> None:
-    fields = set(engines.settings(engine).Infer.model_fields)
-    assert fields <= SERVED | WITHHELD, "say in imgtool.serve whether a stranger may give it"
-    assert not SERVED & WITHHELD
-    assert set(served(engine)) == fields - WITHHELD
+def test_a_stranger_may_give_these_settings_and_no_path(engine: str) -> None:
+    assert " ".join(served(engine)) == SERVED[engine]
     for name in served(engine):
         info = engines.settings(engine).Infer.model_fields[name]
         assert "Path" not in str(info.annotation)
@@ -247,6 +269,81 @@ def test_large_bodies_are_refused_before_they_are_looked_at(sobel: Service) -> N
     assert post(sobel, bytes(200_001)).status == 413
     told_only = Request("POST", sobel.route, {}, {"CONTENT-LENGTH": "200001"}, encoded())
     assert sobel.answer(told_only).status == 413
+
+
+@pytest.mark.parametrize("length", ["9" * 5000, "1" * 16, "-1", "1e3", "٣", "12, 12", " 7"])
+def test_a_length_that_is_no_number_of_bytes_is_refused(length: str, sobel: Service) -> None:
+    sent = Request("POST", sobel.route, {}, {"Content-Length": length}, encoded())
+    assert sobel.answer(sent).status == 400
+    status, body = call(wsgi.of(sobel), "POST", sobel.route, CONTENT_LENGTH=length)
+    assert status == "400 Bad Request"
+    assert "Content-Length" in json.loads(body)["error"]
+
+
+def deflated(width: int, height: int, tile: int = 0, **options: Any) -> bytes:
+    """Return a TIFF of zeros that claims a size, and has one tile or strip of deflate."""
+    buffer = io.BytesIO()
+    array = np.zeros((height, width, options.pop("samples", 3)), options.pop("dtype", np.uint8))
+    options |= {"photometric": "rgb", "metadata": None, "compression": "zlib"}
+    tifffile.imwrite(buffer, array, tile=(tile, tile) if tile else None, **options)
+    return buffer.getvalue()
+
+
+def replaced(data: bytes, segment: bytes, tile: int = 0) -> bytes:
+    """Return a TIFF whose one tile or strip is another, of another size."""
+    out = bytearray(data)
+    with tifffile.TiffFile(io.BytesIO(data)) as opened:
+        tags = opened.pages[0].tags
+        places = {324: len(data), 325: len(segment), 322: tile, 323: tile} if tile else {
+            273: len(data), 279: len(segment)
+        }  # fmt: skip
+        for tag, value in places.items():
+            place = tags[tag].offset
+            out[place + 2 : place + 12] = struct.pack("<HII", 4, 1, value)
+    return bytes(out) + segment
+
+
+def test_the_tiles_samples_and_depth_of_a_tiff_count(sobel: Service) -> None:
+    bomb = replaced(deflated(64, 64, 64), zlib.compress(bytes(9)), 20480)
+    assert sizes.claimed(bomb) == 20480**2 // 2
+    assert post(sobel, bomb).status == 413
+    assert sizes.claimed(deflated(64, 64, 256)) == 256**2 // 2
+    assert sizes.claimed(deflated(64, 48)) == 64 * 48
+    assert sizes.claimed(deflated(64, 48, samples=4, dtype=np.float32)) == 64 * 48
+    assert (
+        sizes.claimed(deflated(64, 48, samples=40, dtype=np.float32, extrasamples=[0] * 37)) == 10 * 64 * 48
+    )
+    below = io.BytesIO()
+    with tifffile.TiffWriter(below) as writer:
+        writer.write(np.zeros((8, 8), np.uint8), subifds=1, metadata=None)
+        writer.write(np.zeros((100, 90), np.uint8), metadata=None)
+    assert sizes.claimed(below.getvalue()) == 100 * 90
+
+
+def test_a_strip_that_unpacks_to_more_than_the_photo_is_refused(sobel: Service) -> None:
+    bomb = replaced(deflated(64, 64), zlib.compress(bytes(20_000_000)))
+    post(sobel, encoded("TIFF"))
+    tracemalloc.start()
+    try:
+        reply = post(sobel, bomb)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (reply.status, told(reply)["error"]) == (
+        422, "photo is truncated or corrupt: its strips hold more than the photo",
+    )  # fmt: skip
+    assert peak < 2_000_000
+
+
+def test_a_jpeg_of_countless_scans_is_refused(sobel: Service) -> None:
+    once = encoded("JPEG", progressive=True)
+    assert 2 < sizes.scans(once) < 20
+    assert sizes.scans(encoded("JPEG")) == 1
+    assert sizes.scans(encoded()) == 0
+    last = once.rindex(b"\xff\xda")
+    assert sizes.scans(once[:-2] + once[last:]) == sizes.scans(once) + 1
+    reply = post(sobel, once[:-2] + once[last:-2] * 100 + b"\xff\xd9")
+    assert (reply.status, "scans" in told(reply)["error"]) == (422, True)
 
 
 @pytest.mark.parametrize(
@@ -309,21 +406,45 @@ def test_a_fault_of_ours_is_in_the_log_and_not_in_the_reply(
 
 
 @pytest.mark.parametrize(
-    ("what", "told_so"),
+    "what",
     [
-        ("cannot read /home/site/wwwroot/x y.png: bad", "cannot read a file y.png: bad"),
-        ("C:\\apps\\site\\x.png is bad", "a file is bad"),
-        ("'/tmp/imgtool-x/input.dng' is bad at 1/8, 1/4", "'a file' is bad at 1/8, 1/4"),
+        "cannot read /home/my user/private/x.png: bad",
+        "/app is bad",
+        "cannot write photo.png into C:\\apps",
+        "file:///etc is bad",
+        "bad",
     ],
 )
-def test_no_path_of_the_server_gets_into_a_reply(
-    what: str, told_so: str, sobel: Service, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(("code", "status"), [(1, 422), (2, 400)])
+def test_what_does_not_concern_the_photo_is_for_the_log_alone(
+    what: str, code: int, status: int, sobel: Service, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
     def fail(*_: object) -> None:
-        raise ImgtoolError(what, what)
+        raise ImgtoolError(what, what, code)
 
     monkeypatch.setattr(images, "read", fail)
-    assert told(post(sobel, encoded())) == {"error": told_so, "hint": told_so}
+    reply = post(sobel, encoded())
+    found = told(reply)
+    assert reply.status == status
+    assert found["error"] == "the photo cannot be worked on as it was asked"
+    assert what not in found["hint"]
+    number = found["hint"].split()[-1]
+    assert [number in each.getMessage() for each in caplog.records if what in each.getMessage()] == [True]
+
+
+def test_what_concerns_the_photo_or_the_query_is_said(
+    sobel: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(data: bytes, name: str) -> None:
+        raise ImgtoolError(f"{name} is bad", "take another")
+
+    monkeypatch.setattr(images, "read", fail)
+    assert told(post(sobel, encoded())) == {"error": "photo is bad", "hint": "take another"}
+    monkeypatch.undo()
+    isp = Service("isp", header.find("isp-lrfu-xs"), LIMITS, threads=1)
+    reply = post(isp, CHART.read_bytes(), wb="purple")
+    assert (reply.status, "--wb 'purple'" in told(reply)["error"]) == (400, True)
 
 
 def test_no_memory_is_a_reason_to_try_again(sobel: Service, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -336,25 +457,95 @@ def test_no_memory_is_a_reason_to_try_again(sobel: Service, monkeypatch: pytest.
     assert "Retry-After" in reply.headers
 
 
-def test_only_so_many_requests_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    service = Service("filter", header.find("filter-sobel_3"), Limits(waiting=0), threads=1)
-    began, go, read = threading.Event(), threading.Event(), images.read
+class Gate:
+    """Holds the reading of photos until it is opened."""
 
-    def slow(*given: Any) -> Any:
-        began.set()
-        assert go.wait(10)
-        return read(*given)
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.began, self.go, self.count = threading.Event(), threading.Event(), 0
+        read = images.read
 
-    monkeypatch.setattr(images, "read", slow)
-    found: list[Reply] = []
-    first = threading.Thread(target=lambda: found.append(post(service, encoded())))
-    first.start()
-    assert began.wait(10)
-    assert post(service, encoded()).status == 503
-    go.set()
+        def slow(*given: Any) -> Any:
+            self.count += 1
+            self.began.set()
+            assert self.go.wait(20)
+            return read(*given)
+
+        monkeypatch.setattr(images, "read", slow)
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    made = Gate(monkeypatch)
+    yield made
+    made.go.set()
+
+
+def started(work: Callable[[], object]) -> threading.Thread:
+    thread = threading.Thread(target=work)
+    thread.start()
+    return thread
+
+
+def until(true: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def fresh(**limits: Any) -> Service:
+    return Service("filter", header.find("filter-sobel_3"), Limits(0.2, 0.5, **limits), threads=1)
+
+
+def unread() -> bytes:
+    pytest.fail("the body was read")
+
+
+def test_only_so_many_requests_wait_and_no_other_body_is_read(gate: Gate) -> None:
+    service, found = fresh(waiting=0), list[Reply]()
+    first = started(lambda: found.append(post(service, encoded())))
+    assert gate.began.wait(20)
+    surplus = service.answer(Request("POST", service.route, body=unread))
+    assert (surplus.status, surplus.headers["Retry-After"]) == (503, "10")
+    gate.go.set()
     first.join()
     assert found[0].status == 200
     assert post(service, encoded()).status == 200
+
+
+def test_a_request_that_takes_too_long_is_answered(gate: Gate) -> None:
+    service = fresh(waiting=1, seconds=0.2)
+    service.load()
+    begun = post(service, encoded())
+    assert gate.began.wait(20)
+    assert (begun.status, told(begun)["error"]) == (503, "no reply within 0.2 s")
+    waited = service.answer(Request("POST", service.route, body=unread))
+    assert waited.status == 503
+    until(lambda: service.answer(Request("GET", "/api/health")).status == 503)
+    health = told(service.answer(Request("GET", "/api/health")))
+    assert health["status"] == "stuck"
+    gate.go.set()
+    until(lambda: service.answer(Request("GET", "/api/health")).status == 200)
+    assert gate.count == 1, "what nobody waits for any more is not begun"
+
+
+def test_work_that_nobody_waits_for_ends_at_the_next_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    service, told_so = fresh(seconds=0.2), threading.Event()
+    service.load()
+    engine = engines.load("filter")
+
+    def apply(net: Any, photo: Any, settings: Any, watch: Any) -> Any:
+        try:
+            for tile in range(2000):
+                time.sleep(0.01)
+                watch.done(tile, 2000)
+        except TimeoutError:
+            told_so.set()
+        raise ImgtoolError("over")
+
+    service._loaded["filter"].engine = replace(engine, apply=apply)
+    assert post(service, encoded()).status == 503
+    assert told_so.wait(10)
 
 
 def test_requests_at_a_time_each_get_their_own_answer(sobel: Service) -> None:
@@ -398,6 +589,7 @@ def test_wsgi_hands_requests_on(sobel: Service) -> None:
     more = {"CONTENT_LENGTH": "", "wsgi.input_terminated": True, "QUERY_STRING": "format=webp"}
     assert call(app, "POST", "/api/filter", body, **more) == ("200 OK", expected)
     assert call(app, "POST", "/api/filter", bytes(300_000), **more)[0].startswith("413")
+    assert call(app, "GET", "/api/filter?" * 9, **{"wsgi.input": Untouched()})[0].startswith("404")
     long = {"CONTENT_LENGTH": "99999999", "wsgi.input": Untouched()}
     assert call(app, "POST", "/api/filter", **long)[0].startswith("413")
     assert call(app, "POST", "/api/filter", body, QUERY_STRING="a=1&" * 60)[0].startswith("400")
@@ -410,33 +602,157 @@ def test_a_token_opens_all_but_health(sobel: Service) -> None:
     for given in ("", "Bearer", "Bearer wrong", "Basic sécret", "sécret"):
         more = {"HTTP_AUTHORIZATION": given, "wsgi.input": Untouched()}
         assert call(app, "POST", "/api/filter", body, **more)[0] == "401 Unauthorized"
-    assert call(app, "POST", "/api/filter", body, HTTP_AUTHORIZATION="Bearer sécret")[0] == "200 OK"
+    sent = "Bearer sécret".encode().decode("latin-1")  # PEP 3333
+    assert call(app, "POST", "/api/filter", body, HTTP_AUTHORIZATION=sent)[0] == "200 OK"
+
+
+def test_an_open_service_is_warned_of_and_an_empty_token_refused(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv(wsgi.TOKEN, raising=False)
+    assert wsgi.token() == ""
+    assert "IMGTOOL_TOKEN is not set" in caplog.text
+    caplog.clear()
+    for word in ("", "  ", " x", "x\n"):
+        monkeypatch.setenv(wsgi.TOKEN, word)
+        with pytest.raises(ImgtoolError, match="IMGTOOL_TOKEN"):
+            wsgi.token()
+        assert wsgi.main() == 2, "before anything is loaded"
+    monkeypatch.setenv(wsgi.TOKEN, "word")
+    assert (wsgi.token(), caplog.text) == ("word", "")
+
+
+class Running:
+    """A real server in a thread."""
+
+    def __init__(self, service: Service, token: str = "") -> None:
+        self.ending, self.done = threading.Event(), list[bool]()
+        self.server = Server(service, token, "127.0.0.1:0")
+        self.port = self.server.port
+        self.thread = started(lambda: self.done.append(self.server.run(self.ending)))
+
+    def ask(self, method: str, path: str, body: bytes | None = None, **headers: str) -> tuple[int, bytes]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=20)
+        try:
+            connection.request(method, path, body, headers)
+            reply = connection.getresponse()
+            return reply.status, reply.read()
+        finally:
+            connection.close()
+
+    def raw(self, head: str) -> bytes:
+        """Send the head of a request and no body; return all that comes until the connection ends."""
+        with socket.create_connection(("127.0.0.1", self.port), 20) as connection:
+            connection.sendall(head.replace("\n", "\r\n").encode())
+            parts = []
+            while part := connection.recv(4096):
+                parts.append(part)
+        return b"".join(parts)
+
+    def end(self) -> None:
+        self.ending.set()
+        self.thread.join(20)
+        assert not self.thread.is_alive()
 
 
 @pytest.fixture
-def port(sobel: Service) -> Iterator[int]:
-    sockets: dict[int, Any] = {}
-    server = waitress.create_server(wsgi.of(sobel), sockets, host="127.0.0.1", port=0, threads=1)
-    over = threading.Event()
+def running() -> Iterator[Callable[..., Running]]:
+    made: list[Running] = []
 
-    def run() -> None:
-        while not over.is_set():
-            wasyncore.loop(0.02, map=sockets, count=1)
+    def start(service: Service, token: str = "") -> Running:
+        made.append(Running(service, token))
+        return made[-1]
 
-    thread = threading.Thread(target=run)
-    thread.start()
-    yield server.effective_port
-    over.set()
-    thread.join()
-    server.task_dispatcher.shutdown()
-    wasyncore.close_all(sockets)
+    yield start
+    for each in made:
+        each.end()
 
 
-def test_a_real_server_serves(port: int, sobel: Service) -> None:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+def test_a_real_server_serves(running: Callable[..., Running]) -> None:
+    service = fresh()
+    server = running(service)
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
     connection.request("POST", "/api/filter?format=png", encoded("JPEG"), {"Connection": "close"})
     reply = connection.getresponse()
     assert (reply.status, reply.getheader("Content-Type")) == (200, "image/png")
     assert json.loads(str(reply.getheader("X-Imgtool-Facts")))["target"] == "sobel_3"
-    assert reply.read() == post(sobel, encoded("JPEG"), format="png").body
+    assert reply.read() == post(service, encoded("JPEG"), format="png").body
     connection.close()
+
+
+def test_health_and_refusals_answer_while_all_places_are_taken(
+    running: Callable[..., Running], gate: Gate
+) -> None:
+    service = fresh(waiting=2)
+    server, found = running(service), list[int]()
+    posts = [
+        started(lambda: found.append(server.ask("POST", service.route, encoded())[0])) for _ in range(12)
+    ]
+    assert gate.began.wait(20)
+    until(lambda: len(found) == 9)  # one is worked on and two wait
+    assert found == [503] * 9
+    status, body = server.ask("GET", "/api/health")
+    assert (status, json.loads(body)["status"]) == (200, "ok")
+    assert sum(thread.is_alive() for thread in posts) == 3
+    gate.go.set()
+    for thread in posts:
+        thread.join(20)
+    assert sorted(found) == [200] * 3 + [503] * 9
+
+
+def test_a_server_ends_in_order(running: Callable[..., Running], gate: Gate) -> None:
+    service = fresh(waiting=2)
+    server, found = running(service), list[tuple[int, bytes]]()
+    first = started(lambda: found.append(server.ask("POST", service.route, encoded())))
+    assert gate.began.wait(20)
+    second = started(lambda: found.append(server.ask("POST", service.route, encoded())))
+    until(lambda: service._worker._work_queue.qsize() == 1)
+    server.ending.set()
+    second.join(20)
+    assert found[0][0] == 503
+    assert json.loads(found[0][1])["error"] == "the service is ending"
+    with pytest.raises(ConnectionError):
+        server.ask("GET", "/api/health")
+    gate.go.set()
+    first.join(20)
+    assert (found[1][0], server.thread.join(20), server.done) == (200, None, [True])
+    assert service.answer(Request("POST", service.route, body=encoded())).status == 503
+
+
+def test_a_body_that_is_not_wanted_is_not_received(running: Callable[..., Running]) -> None:
+    server = running(fresh(), "word")
+    more = "Host: x\nContent-Length: 100000\nExpect: 100-continue\n"
+    for line, status in (
+        ("POST /api/filter HTTP/1.1\n", 401),
+        ("POST /api/filter HTTP/1.1\nAuthorization: Bearer other\n", 401),
+        ("POST /api/else HTTP/1.1\nAuthorization: Bearer word\n", 404),
+        ("PUT /api/filter HTTP/1.1\nAuthorization: Bearer word\n", 405),
+    ):
+        reply = server.raw(f"{line}{more}\n")
+        assert reply.startswith(f"HTTP/1.1 {status} ".encode()), reply
+        assert b"Connection: close" in reply
+    chunked = "POST /api/filter HTTP/1.1\nHost: x\nTransfer-Encoding: chunked\n\n"
+    assert server.raw(chunked).startswith(b"HTTP/1.1 401 ")
+    assert server.ask("POST", "/api/filter", encoded(), Authorization="Bearer word")[0] == 200
+
+
+def test_a_head_that_is_hostile_is_refused(running: Callable[..., Running]) -> None:
+    server = running(fresh())
+    long = f"POST /api/filter HTTP/1.1\nHost: x\nContent-Length: {'9' * 5000}\n\n"
+    assert b" 400 " in server.raw(long).partition(b"\r\n")[0]
+    wide = "GET /api/health?".ljust(1 << 14, "a")  # no more: what is not received would reset the connection
+    assert b" 431 " in server.raw(wide).partition(b"\r\n")[0]
+    large = "POST /api/filter HTTP/1.1\nHost: x\nContent-Length: 400001\n\n"
+    assert b" 413 " in server.raw(large).partition(b"\r\n")[0]
+    assert server.ask("GET", "/api/health")[0] == 200
+
+
+def test_an_address_that_is_taken_is_one_error_line(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        where = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("IMGTOOL_LISTEN", where)
+            service = SimpleNamespace(route="/api/awb", places=1, limits=Limits())
+            with pytest.raises(ImgtoolError, match=f"cannot listen on {where}") as caught:
+                wsgi._listening(service, "")  # type: ignore[arg-type]
+    assert "IMGTOOL_LISTEN" in caught.value.hint

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from imgtool.errors import ImgtoolError
+
 if TYPE_CHECKING:
     from imgtool.export.order import Order
 
@@ -43,7 +45,11 @@ class Format:
         Raises:
             ImgtoolError: The converter cannot do it.
         """
-        facts: Mapping[str, Any] = self._writer().write(order, path)
+        try:
+            facts: Mapping[str, Any] = self._writer().write(order, path)
+        except ImportError as fault:
+            what = f"{fault.name or 'a package'} is installed but cannot be imported: {fault}"
+            raise ImgtoolError(what.splitlines()[0], "install it again") from None
         return facts
 
     def _writer(self) -> Any:
@@ -59,6 +65,9 @@ FORMATS: Mapping[str, Format] = {
     "libcamera": Format(".tflite", "tflite", {"fp32": 1e-4}, free=False),
 }
 """By the word of --to."""
+
+MODELS = tuple(FORMATS)
+"""The words of --to that stand for model files."""
 
 SERVICES = ("azure-function", "docker")
 """The words of --to that stand for folders."""

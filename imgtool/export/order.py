@@ -79,7 +79,7 @@ def read_size(text: str, flag: str) -> tuple[int, int]:
     Raises:
         ImgtoolError: It is no such text.
     """
-    found = re.fullmatch(r"\s*(\d{1,6})\s*[x×]\s*(\d{1,6})\s*", text)
+    found = re.fullmatch(r"\s*(\d{1,5})\s*[xX×]\s*(\d{1,5})\s*", text)
     if not found or "0" in found.groups():
         raise ImgtoolError(f"{flag} {text} is no size", f"give HEIGHTxWIDTH, such as {flag} 1080x1920")
     return int(found[1]), int(found[2])
@@ -99,16 +99,26 @@ def lengths(port: Port, size: str, dynamic: bool, free_form: bool) -> tuple[dict
     """
     sizes = {name: axis.usual for name, axis in port.axes.items()}
     if size:
-        wanted = dict(zip(PICTURE, read_size(size, "--size"), strict=True))
-        if not set(wanted) <= set(port.axes):
+        if not set(PICTURE) <= set(port.axes):
             raise ImgtoolError("--size: this network takes no pictures of a size", "leave it out")
-        sizes |= wanted
-    for name, axis in port.axes.items():
-        if sizes[name] % axis.multiple or sizes[name] < axis.least:
-            least = -(-axis.least // axis.multiple) * axis.multiple
-            near = max(-(-sizes[name] // axis.multiple) * axis.multiple, least)
-            what = f"--size {size}: a {name} of {sizes[name]} is not possible"
-            rule = f"it must be {least} or more" + f", a multiple of {axis.multiple}" * (axis.multiple > 1)
-            raise ImgtoolError(what, f"{rule}, such as {near}")
+        sizes |= dict(zip(PICTURE, sized(port, size, "--size"), strict=True))
     can = frozenset(name for name, axis in port.axes.items() if axis.free and free_form)
     return sizes, can if dynamic or not size else frozenset()
+
+
+def sized(port: Port, size: str, flag: str) -> tuple[int, int]:
+    """Return height and width of a text, if the network takes such pictures, or takes none at all.
+
+    Raises:
+        ImgtoolError: It cannot take them.
+    """
+    found = read_size(size, flag)
+    for name, given in zip(PICTURE, found, strict=True):
+        axis = port.axes.get(name)
+        if axis is not None and (given % axis.multiple or given < axis.least):
+            least = -(-axis.least // axis.multiple) * axis.multiple
+            near = max(-(-given // axis.multiple) * axis.multiple, least)
+            rule = f"it must be {least} or more" + f", a multiple of {axis.multiple}" * (axis.multiple > 1)
+            what = f"{flag} {size}: a {name} of {given} is not possible"
+            raise ImgtoolError(what, f"{rule}, such as {near}")
+    return found

@@ -33,12 +33,13 @@ MADE = ("noise", "flat", "extreme")
 """Kinds of inputs beside real ones."""
 PHOTOS = 3
 """Real inputs at the usual size."""
-DISTURBED = 0.05
-"""By what share of themselves weights are changed that the comparison must tell from the file's."""
+DISTURBED = {False: 0.05, True: 0.1}
+"""By what share of themselves weights are changed that the comparison must tell from the file's: of floats,
+of 8 bits."""
 TOLD = 10.0
 """How many times the limit outputs must differ between inputs."""
-LEAST_PSNR = 30.0
-"""dB to torch that 8 bits must keep where the engine counts in nothing else."""
+LEAST_PSNR, WORST_PSNR = 40.0, 34.0
+"""dB to torch that 8 bits must keep on average and at worst, where the engine counts in nothing else."""
 PEAK = 150.0
 """dB at most: of arrays that are equal."""
 
@@ -73,6 +74,7 @@ def cases(
     free: frozenset[str],
     photos: Sequence[Path],
     largest: tuple[int, int],
+    count: int = PHOTOS,
 ) -> list[Case]:
     """Return what a file is run on: photos and made inputs at its usual size, both at others it may take.
 
@@ -82,9 +84,10 @@ def cases(
         free: Axes that are free.
         photos: Real files.
         largest: Height and width of the largest picture.
+        count: Photos at the usual size, at most.
     """
     taken = itertools.cycle(photos)
-    found = [_real(port, next(taken), sizes) for _ in range(min(PHOTOS, len(photos)))]
+    found = [_real(port, next(taken), sizes) for _ in range(min(count, len(photos)))]
     found += [_made(port, kind, sizes, number) for number, kind in enumerate(MADE)]
     for number, other in enumerate(_others(port, sizes, free, largest), len(MADE)):
         found += [_real(port, next(taken), other), _made(port, "noise", other, number)]
@@ -163,14 +166,15 @@ def shares(port: Port, right: Sequence[Array], got: Sequence[Array]) -> list[Arr
     not the digits behind the point that one of 1 has.
 
     Raises:
-        ImgtoolError: An output has another shape.
+        ImgtoolError: An output has another shape, or is not finite.
     """
     found = []
     for slot, a, b in zip(port.outputs, right, got, strict=True):
         if a.shape != b.shape:
             raise ImgtoolError(f"the file's {slot.name} is {b.shape}, not {a.shape}", _REPORT)
-        covered = float(np.ptp(a[np.isfinite(a)])) if np.isfinite(a).any() else 0.0
-        found.append(np.abs(a - b) / max(slot.high - slot.low, covered))
+        if not (np.isfinite(a).all() and np.isfinite(b).all()):
+            raise ImgtoolError(f"{slot.name}, of the file or of torch, is not finite everywhere", _REPORT)
+        found.append(np.abs(a - b) / max(slot.high - slot.low, float(np.ptp(a))))
     return found
 
 
@@ -181,7 +185,7 @@ def default_loss(port: Port) -> Loss:
         error = float(np.mean([np.square(each).mean() for each in shares(port, right, got)]))
         return min(-10 * math.log10(max(error, 1e-30)), PEAK)
 
-    return Loss("PSNR to torch", "dB", psnr, LEAST_PSNR, higher_is_better=True)
+    return Loss("PSNR to torch", "dB", psnr, LEAST_PSNR, higher_is_better=True, worst=WORST_PSNR)
 
 
 class Proof:
@@ -199,6 +203,7 @@ class Proof:
         self.loss = port.loss or default_loss(port)
         self.single = copy.deepcopy(port.module).eval().requires_grad_(False)
         self.double = copy.deepcopy(self.single).double()
+        self.other = self._disturbed()
 
     def check(
         self, path: Path, every: Sequence[Case], folder: Path, done: Done = lambda n, of: None
@@ -239,6 +244,15 @@ class Proof:
         self._judge(path, record, rows)
         return record
 
+    def _disturbed(self) -> nn.Module | None:
+        """Return the network with other weights, which a file must be told from; None without weights."""
+        if not any(True for _ in self.port.module.parameters()):
+            return None
+        other, random = copy.deepcopy(self.single), torch.Generator().manual_seed(0)
+        for each in other.parameters():
+            each.mul_(1 + DISTURBED[self.limit is None] * torch.randn(each.shape, generator=random))
+        return other
+
     def _row(
         self, case: Case, inputs: Arrays, right: Sequence[Array], got: Sequence[Array]
     ) -> dict[str, Any]:
@@ -250,10 +264,23 @@ class Proof:
             "max_abs": _largest(apart),
             "mean_abs": float(np.mean([each.mean() for each in apart])),
             "torch_max_abs": _largest(torch_apart),
+            "absolute": {
+                slot.name: float(np.abs(a - b).max(initial=0))
+                for slot, a, b in zip(self.port.outputs, right, got, strict=True)
+            },
         }
-        if self.limit is None:
+        if self.limit is None and case.real:
             row["loss"] = self.loss.of(right, got)
+            row["nothing"] = self._nothing(inputs, right)
+            if self.other is not None:
+                row["disturbed"] = self.loss.of(right, by_torch(self.other, inputs, torch.float32))
         return row
+
+    def _nothing(self, inputs: Arrays, right: Sequence[Array]) -> float | None:
+        """Return the loss of handing the input on as it is; None where that cannot be."""
+        if [each.shape for each in inputs] != [each.shape for each in right]:
+            return None
+        return self.loss.of(right, [each.astype(np.float64) for each in inputs])
 
     def _record(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         record: dict[str, Any] = {
@@ -266,32 +293,41 @@ class Proof:
             "cases": list(rows),
         }
         if self.limit is None:
-            values = [row["loss"] for row in rows if row["real"]]
-            worst = min(values) if self.loss.higher_is_better else max(values)
+            values = _column(rows, "loss")
             about = {"name": self.loss.name, "unit": self.loss.unit, "limit": self.loss.limit}
-            record["loss"] = about | {"mean": float(np.mean(values)), "worst": worst}
+            worst = min(values) if self.loss.higher_is_better else max(values)
+            rivals = {rival: _mean(_column(rows, rival)) for rival in RIVALS}
+            told = {"mean": _mean(values), "worst": worst, "samples": len(values)}
+            record["loss"] = about | told | rivals
         return record
 
     def _judge(self, path: Path, record: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
-        if self.limit is not None:
-            if record["max_abs"] <= self.limit:
-                return
+        if self.limit is None:
+            self._judge_loss(path, record["loss"])
+        elif not record["max_abs"] <= self.limit:
             worst = max(rows, key=lambda row: row["max_abs"])
             what = f"{path.name} differs from torch by {worst['max_abs']:.2g} of the output's range"
             raise ImgtoolError(f"{what} on {worst['input']}, more than {self.limit:.2g}", _LIMIT)
-        loss, mean = self.loss, record["loss"]["mean"]
-        if mean < loss.limit if loss.higher_is_better else not mean <= loss.limit:
+
+    def _judge_loss(self, path: Path, told: Mapping[str, Any]) -> None:
+        """Judge 8 bits: by the limits, and by rivals that know nothing of these weights."""
+        loss, mean = self.loss, told["mean"]
+        if not loss.holds(mean, loss.limit):
             what = f"{path.name}: {loss.name} is {mean:.4g} {loss.unit} on average"
             raise ImgtoolError(f"{what}, the limit is {loss.limit:g}", _EIGHT)
+        if loss.worst is not None and not loss.holds(told["worst"], loss.worst):
+            what = f"{path.name}: {loss.name} is {told['worst']:.4g} {loss.unit} at worst"
+            raise ImgtoolError(f"{what}, the limit of the worst is {loss.worst:g}", _EIGHT)
+        for rival, words in RIVALS.items():
+            if told[rival] is not None and loss.holds(told[rival], mean):
+                what = f"{path.name}: {loss.name} is {mean:.4g} {loss.unit}, and that of {words}"
+                raise ImgtoolError(f"{what} {told[rival]:.4g}", _EIGHT)
 
     def _check_guard(self, inputs: Arrays, got: Sequence[Array]) -> None:
         """Refuse a comparison that could not tell the file from one of other weights."""
-        if self.limit is None or not any(True for _ in self.port.module.parameters()):
+        if self.limit is None or self.other is None:
             return
-        other, random = copy.deepcopy(self.single), torch.Generator().manual_seed(0)
-        for each in other.parameters():
-            each.mul_(1 + DISTURBED * torch.randn(each.shape, generator=random))
-        if _largest(shares(self.port, by_torch(other, inputs, torch.float32), got)) <= self.limit:
+        if _largest(shares(self.port, by_torch(self.other, inputs, torch.float32), got)) <= self.limit:
             raise ImgtoolError("the comparison cannot tell these weights from others", _ALIKE)
 
     def _check_spread(self, seen: Sequence[Sequence[Array]]) -> None:
@@ -301,14 +337,28 @@ class Proof:
             raise ImgtoolError("the network answers every input alike: nothing can be compared", _ALIKE)
 
 
+RIVALS = {
+    "nothing": "the input as it is",
+    "disturbed": f"weights that are wrong by {100 * DISTURBED[True]:g} %",
+}
+"""What 8 bits must be nearer to torch than, and the words for it."""
+
+
+def _column(rows: Sequence[Mapping[str, Any]], name: str) -> list[float]:
+    return [row[name] for row in rows if row.get(name) is not None]
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return float(np.mean(values)) if values else None
+
+
 def _arrays(path: Path) -> Arrays:
     with np.load(path) as found:
         return tuple(found[name] for name in found.files)
 
 
 def _largest(shares: Sequence[Array]) -> float:
-    most = max(float(each.max(initial=0)) for each in shares)
-    return most if math.isfinite(most) else math.inf
+    return float(np.max([each.max(initial=0) for each in shares]))
 
 
 _REPORT = "take another --to"

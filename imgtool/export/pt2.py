@@ -9,8 +9,6 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from imgtool.errors import USAGE, ImgtoolError
-
 if TYPE_CHECKING:
     from imgtool.export.order import Order
 
@@ -32,17 +30,11 @@ def write(order: Order, path: Path) -> Mapping[str, object]:
 
     Returns:
         {"opset", "producer", "operators"}.
-
-    Raises:
-        ImgtoolError: Code 2, for 8 bits.
     """
     import torch
 
     from imgtool.export import trace
 
-    if order.precision == "int8":
-        what = "pt2 has no int8: torch computes such networks no faster than in float32"
-        raise ImgtoolError(what, "take --to onnx, tflite or openvino", USAGE)
     program = trace.traced(order, half=order.precision == "fp16")
     program.example_inputs = None
     _bare(program.graph)

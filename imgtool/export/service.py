@@ -1,7 +1,7 @@
 """A folder that serves an engine over HTTP: a function app of Azure, or what a container is built of.
 
 It holds the very package that wrote it, the weights, and the versions of the libraries that are installed
-here: what is served is what ``imgtool infer`` does.
+here, and of all that these need: what is served is what ``imgtool infer`` does.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import imgtool
 from imgtool import engines, files, header
 from imgtool.engine import Engine
 from imgtool.errors import ImgtoolError
-from imgtool.serve import CONFIG, served
+from imgtool.serve import CONFIG, Limits, served
 from imgtool.settings import Export
 
 PACKAGE = Path(imgtool.__file__).parent
@@ -38,6 +38,20 @@ OF_TORCH = ("torch", "safetensors", "pytorch-msssim")
 
 SERVERS = {"azure-function": ("azure-functions", ">=1.21,<2"), "docker": ("waitress", ">=3,<4")}
 """What calls the service, and the versions that do where none is installed here."""
+
+TARGET = {
+    "sys_platform": "linux",
+    "platform_system": "Linux",
+    "os_name": "posix",
+    "platform_machine": "x86_64",
+}
+"""Where services run, which decides what a package needs: not always where one exports."""
+
+SECONDS = {"azure-function": 200.0, "docker": 300.0}
+"""Longest time of a request: the load balancer of Azure gives up after 230."""
+
+SPARE = 3
+"""Calls that a function app takes beside those that are worked on or wait: what it refuses, and health."""
 
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 TEMPLATES = {
@@ -100,7 +114,7 @@ def _network(engine: Engine, weights: Path) -> Any:
 
 
 def _versions(engine: Engine, to: str, net: Any) -> dict[str, str]:
-    """Return what must be installed: name to "==version", sorted.
+    """Return what must be installed, with all that it needs: name to "==version", sorted.
 
     Raises:
         ImgtoolError: A library is not installed here, so that its version is not known.
@@ -114,7 +128,29 @@ def _versions(engine: Engine, to: str, net: Any) -> dict[str, str]:
         raise ImgtoolError(f"{lacking[0]} is not installed, and the service needs it", "pip install imgtool")
     server, usual = SERVERS[to]
     found[server] = _installed(server) or usual
-    return dict(sorted(found.items()))
+    return dict(sorted(_closed(found).items()))
+
+
+def _closed(found: Mapping[str, str]) -> dict[str, str]:
+    """Return versions with those of all that these packages need on TARGET.
+
+    What is not installed here, as the libraries of GPUs beside torch for CPUs, is left to pip: torch itself
+    names their exact versions.
+    """
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    known, seen, queue = dict(found), set(), [(name, "") for name in found]
+    while queue:
+        name, extra = asked = queue.pop()
+        if asked in seen or not _installed(name):
+            continue
+        seen.add(asked)
+        known.setdefault(name, _installed(name))
+        for needed in map(Requirement, metadata.requires(name) or ()):
+            if not needed.marker or needed.marker.evaluate(TARGET | {"extra": extra}):
+                queue += [(canonicalize_name(needed.name), each) for each in ("", *needed.extras)]
+    return known
 
 
 def _installed(*names: str) -> str:
@@ -145,6 +181,7 @@ def _config(engine: Engine, settings: Export, weights: Path) -> dict[str, object
         "sha256": hashlib.sha256(files.read(weights)).hexdigest(),
         "max_mb": settings.max_mb,
         "max_megapixels": settings.max_megapixels,
+        "seconds": SECONDS[settings.to],
         "threads": settings.threads,
         "device": "cpu",
     }
@@ -190,6 +227,9 @@ def _fill(engine: Engine, settings: Export, folder: Path, weights: str, gpu: boo
         "parameters": served(engine.name),
         "max_mb": f"{settings.max_mb:g}",
         "max_megapixels": f"{settings.max_megapixels:g}",
+        "seconds": f"{SECONDS[settings.to]:g}",
+        "waiting": Limits().waiting,
+        "concurrent": 1 + Limits().waiting + SPARE,
     }
     own = _FOLDERS[settings.to]
     parts = [(name, name, "cpu", "requirements.txt") for name in TEMPLATES[settings.to]]

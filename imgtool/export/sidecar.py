@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import imgtool
-from imgtool import files
+from imgtool import files, header
 from imgtool.export.order import axis_of, length
 from imgtool.loading import EXPORTED
 
 if TYPE_CHECKING:
     from imgtool.engine import Engine, Port, Slot
-    from imgtool.header import Weights
 
 BESIDE = "imgtool.export/1"
 """Version of the JSON beside a file."""
@@ -25,7 +24,7 @@ SUFFIX = ".json"
 
 def about(
     engine: Engine,
-    weights: Weights,
+    weights: header.Weights,
     port: Port,
     precision: str,
     sizes: Mapping[str, int | None],
@@ -53,7 +52,7 @@ def about(
         "engine": engine.name,
         "model": dict(weights.model),
         "weights": weights.name,
-        "weights_sha256": digest(weights.state),
+        "weights_sha256": header.digest(weights.state),
         "imgtool": imgtool.__version__,
         "licence": weights.header.get("licence"),
         "trained_on": weights.header.get("data"),
@@ -71,16 +70,6 @@ def _slot(slot: Slot, sizes: Mapping[str, int | None], channels_last: bool) -> d
     if slot.picture:
         told["layout"] = "NHWC" if channels_last else "NCHW"
     return told | {"low": slot.low, "high": slot.high, "meaning": slot.meaning}
-
-
-def digest(state: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of parameters: their names and float32 values, by name."""
-    import numpy as np
-
-    found = hashlib.sha256()
-    for name, values in sorted(state.items()):
-        found.update(name.encode() + np.ascontiguousarray(values, np.float32).tobytes())
-    return found.hexdigest()
 
 
 def beside(

@@ -88,7 +88,7 @@ def write(order: Order, path: Path) -> Mapping[str, object]:
         what = f"a TFLite file has fixed sizes, but {', '.join(sorted(order.free))} would be free"
         raise ImgtoolError(what, "give a size: --size HxW")
     if order.precision == "int8" and not order.calibration:
-        raise ImgtoolError("8 bits need real inputs to find their ranges with", "give photos: --calibration")
+        raise ImgtoolError("8 bits need real inputs to find their ranges with", "give photos by --photos")
     with tempfile.TemporaryDirectory(prefix="imgtool-") as name:
         folder = Path(name)
         _lay_out(order, folder)
@@ -106,7 +106,8 @@ def _lay_out(order: Order, folder: Path) -> None:
     from imgtool.export import trace
 
     program = trace.traced(order, gpu_safe=order.gpu_safe, free=False, unshuffle=True)
-    torch.export.save(program, folder / _PROGRAM)
+    with trace.quiet():
+        torch.export.save(program, folder / _PROGRAM)
     for number, inputs in enumerate(order.calibration):
         np.savez(folder / f"{number:04}.npz", *inputs)
     slots = enumerate(order.port.inputs)
@@ -357,14 +358,12 @@ def _work(folder: Path) -> dict[str, object]:
 
 
 def _fault(error: Exception) -> str:
-    """Return the line that tells which operator could not be converted."""
-    text = str(error)
-    found = (re.search(pattern, text) for pattern in _OPERATORS)
+    """Return the line that tells what cannot be converted, "" for what is no known fault of a converter."""
+    if isinstance(error, MemoryError):
+        return "memory does not do to convert this network to TFLite"
+    found = (re.search(pattern, str(error)) for pattern in _OPERATORS)
     name = next((match[1] for match in found if match), "")
-    if name:
-        return f"TFLite cannot hold the operator {name} of this network"
-    lines = text.strip().splitlines() or [type(error).__name__]
-    return f"TFLite cannot hold this network: {lines[0][:200]}"
+    return f"TFLite cannot hold the operator {name} of this network" if name else ""
 
 
 def main(folder: Path) -> int:
@@ -374,8 +373,10 @@ def main(folder: Path) -> int:
     warnings.simplefilter("ignore")
     try:
         told, code = _work(folder), DONE
-    except Exception as error:  # noqa: BLE001 - the converter's own exceptions have no common base
+    except Exception as error:
         told, code = {"what": _fault(error)}, FAILED
+        if not told["what"]:
+            raise
     (folder / _TOLD).write_text(json.dumps(told))
     return code
 

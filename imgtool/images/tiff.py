@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import math
+import zlib
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
@@ -20,6 +22,9 @@ _GREY_OR_RGB = (0, 1, 2)
 _WHITE_IS_ZERO, _ASSOCIATED, _FLOAT, _PLANAR = 0, 1, 3, 2
 _PREVIEW_OR_MASK = 1 | 4
 _AT_ONCE = 1 << 24  # compressed bytes, which tifffile takes 256 MB of
+_DEFLATE = (8, 32946)
+_SMALL_TILE = 1 << 20  # pixels: some programs take one size of tile for every photo
+_SPARE = 1 << 16  # bytes that a strip may hold behind its pixels
 
 
 def _only_page(file: Any, name: str) -> Any:
@@ -36,12 +41,47 @@ def _check_strips(page: Any, length: int) -> None:
             raise ValueError("the file ends within its pixels")
 
 
+def _check_tiles(page: Any) -> None:
+    """Refuse tiles that are far larger than the photo: they are unpacked whole, whatever is shown of them."""
+    if page.is_tiled:
+        edges = (page.imagewidth, page.imagelength)
+        padded = math.prod(-(-edge // 16) * 16 for edge in edges) * max(1, page.imagedepth)
+        unpacked = math.prod((*page.chunks, *page.chunked)) // max(1, page.samplesperpixel)
+        if unpacked > 4 * padded + _SMALL_TILE:
+            raise ValueError("its tiles are larger than the photo")
+
+
+def _bound(page: Any) -> None:
+    """Have strips and tiles of deflate unpacked here: one that holds far more than its pixels is refused.
+
+    tifffile would unpack it all. It is given the same bytes without compression.
+    """
+    most, decode = 2 * math.prod(page.chunks) * (-(-page.bitspersample // 8)) + _SPARE, page.decode
+
+    def bounded(data: bytes | None, *given: Any, **named: Any) -> Any:
+        return decode(data and zlib.compress(_inflated(data, most), 0), *given, **named)
+
+    page.decode = bounded
+
+
+def _inflated(data: bytes, most: int) -> bytes:
+    unpacker = zlib.decompressobj()
+    found = unpacker.decompress(data, most)
+    if not unpacker.eof:
+        raise ValueError(
+            "its strips hold " + ("less than the photo", "more than the photo")[len(found) == most]
+        )
+    return found
+
+
 def _array(page: Any, data: metadata.Data) -> Array:
     """Decode a page: tifffile where it can alone, Pillow's and OpenCV's libtiff for the rest."""
     bits = page.bitspersample if isinstance(page.bitspersample, int) else 0
     compressed = page.compression not in _PLAIN_COMPRESSIONS
     odd = page.predictor not in _NO_OR_HORIZONTAL_PREDICTOR or page.photometric not in _GREY_OR_RGB
     if bits in (8, 16, 32, 64) and not compressed and not odd:
+        if page.compression in _DEFLATE:
+            _bound(page)
         return _with_tifffile(page)
     flat = metadata.upright(bytes(data))  # else libtiff would turn it first, and then we
     if bits <= 8:
@@ -107,6 +147,7 @@ def read(
         page = _only_page(opened, name)
         check_size(page.imagewidth, page.imagelength)
         _check_strips(page, len(data))
+        _check_tiles(page)
         array = _checked(_array(page, data), name)
         if array.ndim == 3 and array.shape[2] in (2, 4) and page.extrasamples[:1] == (_ASSOCIATED,):
             array = _unmultiplied(array)

@@ -5,6 +5,6 @@
 """
 
 from imgtool.serve.request import Limits, Refused, Reply, Request
-from imgtool.serve.service import CONFIG, SERVED, Config, Service, served
+from imgtool.serve.service import CONFIG, Config, Service, served
 
-__all__ = ["CONFIG", "SERVED", "Config", "Limits", "Refused", "Reply", "Request", "Service", "served"]
+__all__ = ["CONFIG", "Config", "Limits", "Refused", "Reply", "Request", "Service", "served"]

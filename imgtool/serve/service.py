@@ -6,12 +6,13 @@ import base64
 import hashlib
 import json
 import logging
+import math
 import os
 import secrets
 import threading
 import time
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,8 +22,8 @@ import imgtool
 from imgtool import engines, files, loading, outputs
 from imgtool.engine import Engine, Result, Watch
 from imgtool.errors import USAGE, ImgtoolError
-from imgtool.serve.request import NAME, Limits, Refused, Reply, Request, check_length, photo
-from imgtool.settings import Infer, Settings, did_you_mean, make, setting
+from imgtool.serve.request import NAME, PHOTO, Limits, Refused, Reply, Request, check_length, photo
+from imgtool.settings import Infer, Settings, declared, did_you_mean, make, setting
 
 if TYPE_CHECKING:
     from imgtool.images import Photo
@@ -30,25 +31,27 @@ if TYPE_CHECKING:
 CONFIG = "service.json"
 """The file of a folder that says what it serves."""
 
-SERVED = frozenset(
-    [
-        "area", "bits", "black", "border", "crop", "ct_range", "demosaic", "depth", "domain", "estimator",
-        "ev", "fallback", "flip", "format", "interpolation", "lux", "mask", "method", "noise",
-        "normalisation", "pattern", "quality", "risk", "size", "strength", "sure", "target", "wb", "white",
-    ]
-)  # fmt: skip
-"""Settings of ``infer`` that a request may give: of one photo, and none that names a file, a device, or
-memory. What is not listed here is refused."""
-
 MIMETYPES = {"jpg": "image/jpeg", "png": "image/png", "tif": "image/tiff", "webp": "image/webp"}
 
 FACTS = "X-Imgtool-Facts"
 """The header that holds the facts, in JSON, beside a picture."""
 
+UNSAID = "the photo cannot be worked on as it was asked"
+"""What a reply says of faults whose words are for the log alone."""
+
+AGAIN = "try again in a while"
+
+STUCK = 2
+"""Times the longest time of a request after which one that is still worked on counts as stuck."""
+
 _KEYS = frozenset(["code", "clientId"])  # of Azure, which hands them on
 _LOG = logging.getLogger("imgtool.serve")
 _NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
 _RETRY = "10"
+
+
+VARIABLES = ("max_mb", "max_megapixels", "seconds", "threads", "device")
+"""What the environment may set, as IMGTOOL_MAX_MB and so on."""
 
 
 class Config(Settings):
@@ -59,12 +62,13 @@ class Config(Settings):
     sha256: str = setting(..., "Hash of their content.")
     max_mb: float = setting(25.0, "Largest request in 10^6 bytes.", gt=0, le=1000)
     max_megapixels: float = setting(36.0, "Largest photo in 10^6 pixels.", gt=0, le=1000)
+    seconds: float = setting(300.0, "Longest time from a request's arrival to its reply.", gt=0, le=86400)
     threads: int = setting(0, "CPU threads; 0 takes all cores.", ge=0, le=1024)
     device: str = setting("cpu", "Where to compute.")
 
     @classmethod
     def read(cls, folder: Path) -> Config:
-        """Read a folder's; IMGTOOL_MAX_MB, _MAX_MEGAPIXELS, _THREADS and _DEVICE of the environment go first.
+        """Read a folder's; IMGTOOL_MAX_MB and the others of VARIABLES in the environment go first.
 
         Raises:
             ImgtoolError: There is none, or it is damaged.
@@ -74,7 +78,7 @@ class Config(Settings):
             record = json.loads(files.read(path))
         except ValueError as fault:
             raise ImgtoolError(f"{path} is damaged: {fault}", "export the folder again") from None
-        for name in ("max_mb", "max_megapixels", "threads", "device"):
+        for name in VARIABLES:
             told = os.environ.get(f"IMGTOOL_{name.upper()}")
             record |= {name: told} if told else {}
         return make(cls, record, str(path))
@@ -82,7 +86,8 @@ class Config(Settings):
 
 def served(engine: str) -> list[str]:
     """Return the names of the settings that a request to an engine may give."""
-    return sorted(SERVED & set(engines.settings(engine).Infer.model_fields))
+    fields = engines.settings(engine).Infer.model_fields
+    return sorted(name for name, info in fields.items() if declared(info)["served"])
 
 
 @dataclass
@@ -126,19 +131,31 @@ class _Order:
         settings: Of ``infer``.
         picture: Whether a picture is made.
         json: Whether JSON is the reply.
+        until: When nobody waits for it any more, on the clock ``time.monotonic``.
         notes: What a user should know, in words.
     """
 
     settings: Infer
     picture: bool
     json: bool
+    until: float
     notes: list[str] = field(default_factory=list)
+
+    def check(self, *_: object) -> None:
+        """Break the work off where nobody waits for it.
+
+        Raises:
+            TimeoutError: So.
+        """
+        if time.monotonic() > self.until:
+            raise TimeoutError
 
 
 class Service:
     """Answers requests to one engine, one after the other.
 
-    One thread does all the work: of every thread that computes, the libraries keep memory and helpers.
+    One thread does all the work: of every thread that computes, the libraries keep memory and helpers. It
+    reads the body too, so that memory holds one at a time.
 
     Args:
         engine: Its name.
@@ -156,7 +173,8 @@ class Service:
         self._cls: type[Infer] = engines.settings(engine).Infer
         self._where = {"inputs": ("-",), "weights": weights.stem, "device": device, "threads": threads}
         self._worker = ThreadPoolExecutor(1, "imgtool")
-        self._places = threading.Semaphore(1 + self.limits.waiting)
+        self._places = threading.Semaphore(self.places)
+        self._began = math.inf
         self._loaded: dict[str, _Loaded] = {}
 
     @classmethod
@@ -171,8 +189,13 @@ class Service:
         if hashlib.sha256(files.read(weights)).hexdigest() != config.sha256:
             what = f"{config.weights} has changed since this service was made of it"
             raise ImgtoolError(what, "export the folder again")
-        limits = Limits(config.max_mb, config.max_megapixels)
+        limits = Limits(config.max_mb, config.max_megapixels, seconds=config.seconds)
         return cls(config.engine, weights, limits, config.threads, config.device)
+
+    @property
+    def places(self) -> int:
+        """Requests that are taken at a time: the one that is worked on, and those that may wait."""
+        return 1 + self.limits.waiting
 
     @property
     def route(self) -> str:
@@ -187,6 +210,10 @@ class Service:
         """
         self._worker.submit(self._own).result()
 
+    def close(self) -> None:
+        """Refuse all requests from now on, those that wait too; the one that is worked on is finished."""
+        self._worker.shutdown(wait=False, cancel_futures=True)
+
     def answer(self, request: Request) -> Reply:
         """Answer a request, whatever it is."""
         try:
@@ -199,7 +226,7 @@ class Service:
             if any(words in str(fault).lower() for words in _NO_MEMORY):
                 return _short_of_memory().reply()
             number = secrets.token_hex(6)
-            _LOG.exception("internal error %s", number)
+            _LOG.error("internal error %s", number, exc_info=fault)
             return Reply.of({"error": "internal error", "id": number}, 500)
 
     def _routed(self, request: Request) -> Reply:
@@ -212,19 +239,43 @@ class Service:
 
     def _health(self) -> Reply:
         told = {"engine": self.engine, "weights": self.weights.stem, "imgtool": imgtool.__version__}
-        return Reply.of({"status": "ok", "ready": self.engine in self._loaded, **told})
+        stuck = time.monotonic() - self._began > STUCK * self.limits.seconds
+        record = {"status": "stuck" if stuck else "ok", "ready": self.engine in self._loaded, **told}
+        return Reply.of(record, 503 if stuck else 200)
 
     def _photo(self, request: Request) -> Reply:
         check_length(request, self.limits)
         asked = self._asked(request)
-        data = photo(request)
         if not self._places.acquire(blocking=False):
-            raise Refused(503, "too many requests at a time", "try again in a while", Retry_After=_RETRY)
+            raise Refused(503, "too many requests at a time", AGAIN, Retry_After=_RETRY)
         try:
-            return self._worker.submit(self._done, data, asked).result()
+            future = self._worker.submit(self._worked, request, asked)
+        except RuntimeError:
+            self._places.release()
+            raise _ending() from None
+        try:
+            return future.result(self.limits.seconds)
+        except CancelledError:
+            self._places.release()
+            raise _ending() from None
+        except TimeoutError:
+            if future.cancel():  # else it has begun, and gives its place back when it is over
+                self._places.release()
+            what = f"no reply within {self.limits.seconds:g} s"
+            raise Refused(
+                503, what, "send a smaller photo, or try again in a while", Retry_After=_RETRY
+            ) from None
+
+    def _worked(self, request: Request, asked: _Order) -> Reply:
+        """Do what a request wants, in the thread that works, and give its place back."""
+        self._began = time.monotonic()
+        try:
+            asked.check()
+            return self._done(photo(request, self.limits), asked)
         except ImgtoolError as fault:
-            raise _refused(fault, 422) from None
+            raise self._refused(fault, 422) from None
         finally:
+            self._began = math.inf
             self._places.release()
 
     def _asked(self, request: Request) -> _Order:
@@ -247,9 +298,10 @@ class Service:
                 raise ImgtoolError(what, "image=1: JSON holds the picture too", USAGE)
             settings = make(self._cls, given | self._where, self.route, flags=True)
         except ImgtoolError as fault:
-            raise Refused.of(fault, 400) from None
+            raise Refused(400, fault.what, fault.hint) from None
         as_json = "application/json" in accept and "image/" not in accept
-        return _Order(settings, image == "1" or not as_json, as_json)
+        until = time.monotonic() + self.limits.seconds
+        return _Order(settings, image == "1" or not as_json, as_json, until)
 
     def _own(self) -> _Loaded:
         if self.engine not in self._loaded:
@@ -267,9 +319,11 @@ class Service:
             asked.picture, asked.json = asked.picture and asked.json, True
         opened = self._opened(own, data, settings)
         consult = partial(self._consult, data, asked.notes)
-        watch = Watch(say=asked.notes.append, name=NAME, source=data, picture=asked.picture, overwrite=True,
-                      consult=consult)  # fmt: skip
+        asked.check()
+        watch = Watch(done=asked.check, say=asked.notes.append, name=NAME, source=data, picture=asked.picture,
+                      overwrite=True, consult=consult)  # fmt: skip
         result = own.apply(opened, settings, watch)
+        asked.check()
         record: dict[str, Any] = {"engine": self.engine, "model": self.weights.stem}
         body, kind = b"", ""
         if asked.picture and result.image is not None:
@@ -291,11 +345,13 @@ class Service:
         """
         from imgtool.serve import sizes
 
+        if sizes.scans(data) > sizes.MOST_SCANS:
+            raise Refused(422, f"the {PHOTO} has more than {sizes.MOST_SCANS} scans", "save it as plain JPEG")
         self._check_pixels(sizes.claimed(data))
         try:
             opened = own.open(data, settings)
         except ImgtoolError as fault:
-            raise _refused(fault, 422 if sizes.known(data) else 415) from None
+            raise self._refused(fault, 422 if sizes.known(data) else 415) from None
         array = getattr(opened, "pixels", getattr(opened, "values", None))
         if array is not None and hasattr(array, "shape"):
             self._check_pixels(array.shape[0] * array.shape[1])
@@ -303,8 +359,24 @@ class Service:
 
     def _check_pixels(self, count: int) -> None:
         if count > self.limits.max_megapixels * 1e6:
-            what = f"the {NAME} has more than {self.limits.max_megapixels:g} megapixels"
+            what = f"the {PHOTO} has more than {self.limits.max_megapixels:g} megapixels"
             raise Refused(413, what, "shrink it")
+
+    def _refused(self, fault: ImgtoolError, status: int) -> Refused:
+        """Return the refusal of a fault: 400 where it was asked wrongly, 503 where memory ran out.
+
+        In words it says what concerns the request's photo, or a setting that requests may give; what else is
+        wrong could name the server's files, and is for the log.
+        """
+        if any(words in fault.what for words in _NO_MEMORY):
+            return _short_of_memory()
+        status = 400 if fault.code == USAGE else status
+        flags = tuple("--" + name.replace("_", "-") for name in served(self.engine))
+        if NAME in fault.what or (fault.code == USAGE and fault.what.startswith(flags)):
+            return Refused(status, fault.what, fault.hint)
+        number = secrets.token_hex(6)
+        _LOG.error("refused %s: %.500s (%.500s)", number, fault.what, fault.hint)
+        return Refused(status, UNSAID, f"the log says more of {number}")
 
     def _consult(
         self, data: bytes, notes: list[str], name: str, source: bytes | None = None, **settings: Any
@@ -326,11 +398,8 @@ def _short_of_memory() -> Refused:
     return Refused(503, "out of memory", "send a smaller photo, or try again in a while", Retry_After=_RETRY)
 
 
-def _refused(fault: ImgtoolError, status: int) -> Refused:
-    """Return the refusal of a fault: 400 where it was asked wrongly, 503 where memory ran out."""
-    if any(words in fault.what for words in _NO_MEMORY):
-        return _short_of_memory()
-    return Refused.of(fault, 400 if fault.code == USAGE else status)
+def _ending() -> Refused:
+    return Refused(503, "the service is ending", AGAIN, Retry_After=_RETRY)
 
 
 def _encoded(engine: Engine, before: Photo, result: Result, data: bytes, asked: _Order) -> tuple[bytes, str]:

@@ -19,7 +19,7 @@ from imgtool.engines.awb.engine import ENGINE
 from imgtool.engines.awb.settings import Export, Model
 from imgtool.engines.awb.stats import of_linear
 from imgtool.errors import FAILED, ImgtoolError
-from imgtool.export import formats
+from imgtool.export import formats, sidecar
 from imgtool.export.order import Order
 
 HIST = Model()
@@ -155,11 +155,14 @@ class Opened:
     """An exported file of which only what it says is looked at."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.about = path, {"facts": {"mark": path.read_text()}}
+        self.path, self.about = path, json.loads(path.read_text())
 
 
-def marked() -> str:
-    return str(port.port(network(SMALL), Export(to="onnx")).facts["mark"])
+def said(weights: Path, **other: Any) -> str:
+    """Return what a file of weights says of itself."""
+    found = checkpoint.read_weights(weights, "awb")
+    told = port.port(network(SMALL), Export(to="onnx"))
+    return json.dumps(sidecar.about(ENGINE, found, told, "fp32", {}, False) | other)
 
 
 def test_the_file_beside_the_weights_is_taken_where_it_is_theirs(
@@ -168,8 +171,16 @@ def test_the_file_beside_the_weights_is_taken_where_it_is_theirs(
     pytest.importorskip("onnxruntime")
     monkeypatch.setattr(runtime, "open", Opened)
     beside = weights.with_suffix(".onnx")
-    beside.write_text(marked())
+    beside.write_text(said(weights))
     assert exported.of_weights(weights, "onnx").path == beside
+    for other in ({"weights_sha256": None}, {"model": HIST.model_dump()}):
+        beside.write_text(said(weights, **other))
+        with pytest.raises(ImgtoolError, match="was not made from the weights"):
+            exported.of_weights(weights, "onnx")
+    beside.write_text(said(weights, facts=[1], format="another"))
+    with pytest.raises(ImgtoolError, match="not written by imgtool"):
+        exported.of_weights(weights, "onnx")
+    beside.write_text(said(weights))
     net = network(SMALL)
     net.mlp[0].bias.data += 1e-3
     checkpoint.save_weights(weights, ENGINE, SMALL, net.state_dict(), {})
@@ -185,7 +196,7 @@ def test_what_was_exported_once_is_taken_from_the_cache(
 
     def run(command: list[str], **values: Any) -> Any:
         made.append(command)
-        Path(command[command.index("-o") + 1]).write_text(marked())
+        Path(command[command.index("-o") + 1]).write_text(said(weights))
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(subprocess, "run", run)
@@ -219,5 +230,5 @@ def test_what_keeps_a_file_from_being_made_is_told(weights: Path, monkeypatch: p
 def test_a_missing_file_is_exported(weights: Path, kind: str) -> None:
     pytest.importorskip("litert_torch" if kind == "tflite" else "onnxscript")
     found = exported.of_weights(weights, kind)
-    assert found.about["facts"]["mark"] == marked()
+    assert found.about["weights_sha256"] == json.loads(said(weights))["weights_sha256"]
     assert angle(gains(exported.ported(found)), gains(estimate.of_module(network(SMALL), SMALL))) < 1e-3

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from imgtool.engine import Slot
 from imgtool.engines.awb import apply, estimate, exported, features, model, port
 from imgtool.engines.awb.settings import Export, Infer, Model
 from imgtool.engines.awb.stats import AwbStats, of_linear
@@ -173,12 +174,14 @@ def test_a_stranger_who_follows_the_words_finds_the_same_gains() -> None:
 
     for seed in range(2):
         stats = frame(seed)
-        found.append(by_the_words(stats, told.facts["generic_curve"], run))
+        found.append(by_the_words(stats, np.ravel(told.facts["generic_curve"]).tolist(), run))
         r, b, _ = estimate.white(net, stats)
         assert (r, b) == pytest.approx(found[-1], rel=2e-4)
     assert abs(found[0][0] - found[1][0]) > 1e-3
-    for word in ("0.25", "1536", "0.002", "0.65", "30.999", "1.4", "2.8", "40 evenly", "0.05"):
+    for word in ("0.25", "1536", "0.002", "0.65", "30.999", "1.4", "2.8", "40 evenly", "0.05", "0.98"):
         assert word in told.before
+    assert "below a confidence of 0.2" in told.after
+    assert "26 lights evenly in mired from 2000 to 12000 K" in told.before
 
 
 def test_eight_bits_are_judged_by_the_angle_between_gains() -> None:
@@ -230,13 +233,21 @@ def test_an_archive_is_weights_without_torch(shape: Model, tmp_path: Path) -> No
     assert np.allclose(run(*given)[0], right, atol=1e-4)
 
 
+def lengths(slot: Slot) -> tuple[int | None, ...]:
+    """Return the shape of a slot in a file whose axes are free."""
+    return tuple(None if isinstance(word, str) else word for word in slot.shape)
+
+
 class Runtime:
     """A file that a runtime runs, in its stead."""
 
     def __init__(self, shape: Model, **values: Any) -> None:
         told = ported(shape)
         self.path, self.about = Path("model.onnx"), about(shape, told, **values)
-        self.inputs = tuple(SimpleNamespace(name=slot.name) for slot in told.inputs)
+        self.inputs, self.outputs = (
+            tuple(SimpleNamespace(name=slot.name, shape=lengths(slot)) for slot in slots)
+            for slots in (told.inputs, told.outputs)
+        )
         self.module = told.module
 
     def __call__(self, *arrays: np.ndarray) -> list[np.ndarray]:
@@ -274,6 +285,11 @@ def test_files_that_are_no_weights_of_this_engine_are_refused(tmp_path: Path) ->
         alien.write_bytes(content)
         fault = refused(exported.opened, alien)
         assert (fault.code, "not a readable archive" in fault.what) == (FAILED, True)
+    np.savez(alien, a=np.array(["words"]))
+    assert "not a readable archive" in refused(exported.opened, alien).what
+    for said in (b"[1]", b"3", b"null"):
+        np.savez(alien, imgtool=np.frombuffer(said, np.uint8))
+        assert "was not written by imgtool" in refused(exported.opened, alien).what
     nothing: Any = Runtime(HIST)
     nothing.about = {}
     fault = refused(exported.ported, nothing)
@@ -281,6 +297,50 @@ def test_files_that_are_no_weights_of_this_engine_are_refused(tmp_path: Path) ->
     libcamera: Any = Runtime(HIST)
     libcamera.inputs = (SimpleNamespace(name="zones"), SimpleNamespace(name="lux"))
     assert "libcamera" in refused(exported.ported, libcamera).what
+
+
+@pytest.mark.parametrize("shape", [HIST, SMALL], ids=["hist", "deepawb"])
+def test_an_archive_whose_arrays_are_not_those_of_its_network_is_refused(
+    shape: Model, tmp_path: Path
+) -> None:
+    path = archive(tmp_path / "w.npz", shape)
+    with np.load(path) as found:
+        every = {name: found[name] for name in found.files}
+    said = {name: every[name] for name in every if name == "imgtool"}
+    first = next(name for name in every if name.endswith(".weight"))
+    damaged = [
+        said,
+        {name: values for name, values in every.items() if not name.endswith(".2.bias")},
+        every | {first: every[first][:, :2]},
+        every | {first: np.zeros((0, *every[first].shape[1:]), np.float32)},
+        every | {first: np.float32(3)},
+    ]
+    for arrays in damaged:
+        np.savez(path, **arrays)
+        fault = refused(exported.opened, path)
+        assert fault.code == FAILED
+        assert f"{path} is damaged: " in fault.what
+    np.savez(path, **every | {first: every[first] * np.float32("nan")})
+    assert "not finite" in refused(estimate.white, exported.opened(path), frame(1)).what
+
+
+@pytest.mark.parametrize("strides", ["1,2", "a,b,c", "0,1,1", "1,2,-2", ""])
+def test_an_archive_that_says_nonsense_of_its_network_is_refused(strides: str, tmp_path: Path) -> None:
+    path = archive(tmp_path / "w.npz", SMALL, model=SMALL.model_dump() | {"strides": strides})
+    assert "is damaged" in refused(exported.opened, path).what
+
+
+def test_a_file_whose_inputs_or_outputs_are_not_those_of_its_network_is_refused() -> None:
+    for place, wrong in ((0, (None, 3, 32, 31)), (1, (None, None)), (3, ())):
+        loaded: Any = Runtime(HIST)
+        inputs = list(loaded.inputs)
+        inputs[place] = SimpleNamespace(name=inputs[place].name, shape=wrong)
+        loaded.inputs = tuple(inputs)
+        fault = refused(exported.ported, loaded)
+        assert (fault.code, "model.onnx has an input of" in fault.what) == (FAILED, True)
+    loaded = Runtime(HIST)
+    loaded.outputs *= 2
+    assert "has 2 outputs, not 1" in refused(exported.ported, loaded).what
 
 
 def test_a_runtime_that_is_not_the_files_is_refused(tmp_path: Path) -> None:
@@ -294,12 +354,3 @@ def test_libcamera_needs_a_tuning_and_histograms() -> None:
     assert (fault.code, "needs the tuning" in fault.what) == (USAGE, True)
     fault = refused(port.port, network(SMALL), Export(to="libcamera", tuning=Path("imx477.json")))
     assert (fault.code, "sees no zones" in fault.what) == (USAGE, True)
-
-
-def test_the_mark_stands_for_parameters_and_shape() -> None:
-    state = {name: value.numpy() for name, value in network(SMALL).state_dict().items()}
-    own = exported.mark(SMALL, state)
-    assert ported(SMALL).facts["mark"] == own
-    assert exported.mark(SMALL.changed(strides="1,1,2"), state) != own
-    state["mlp.0.bias"] = state["mlp.0.bias"] + 1e-3
-    assert exported.mark(SMALL, state) != own

@@ -20,7 +20,7 @@ from imgtool.engine import Port, Watch
 from imgtool.engines.filter import apply, model, quantise, targets
 from imgtool.engines.filter.engine import ENGINE
 from imgtool.engines.filter.settings import Export, Infer, Model
-from imgtool.errors import ImgtoolError
+from imgtool.errors import FAILED, ImgtoolError
 from imgtool.images import Photo
 
 Array = npt.NDArray[Any]
@@ -82,7 +82,9 @@ def file_of(net: Any, *size: int, about: Mapping[str, Any] | None = None) -> Any
 
     facts = json.loads(json.dumps(dict(whole.facts)))
     said = {"facts": facts} if about is None else about
-    return Loaded(path=Path("x.onnx"), about=said, inputs=(SimpleNamespace(shape=shape),))
+    out = (shape[0], net.count, *shape[2:])
+    ends = {"inputs": (SimpleNamespace(shape=shape),), "outputs": (SimpleNamespace(shape=out),)}
+    return Loaded(path=Path("x.onnx"), about=said, **ends)
 
 
 def picture(height: int, width: int, dtype: Any = np.float32) -> Array:
@@ -153,6 +155,29 @@ def test_it_says_what_it_is(name: str) -> None:
     assert ("may not be cut" in made.after) is (name == "original")
     assert not made.refuse
     assert json.loads(json.dumps(made.facts)) == made.facts
+
+
+@pytest.mark.parametrize("name", ["dilated", "unshuffle", "pooled"])
+def test_a_photo_that_is_cut_as_its_words_say_is_the_photo_whole(name: str) -> None:
+    net = NETS[name]
+    made, reach, multiple = ported_of(net), int(net.reach), int(net.multiple)
+    assert f"begin at multiples of {multiple}; of each, {reach} pixels are thrown away" in made.after
+    second = 3 * multiple
+    image = torch.from_numpy(picture(2 * reach + second + 9, 11)).permute(2, 0, 1)[None]
+    with torch.inference_mode():
+        whole = made.module(image)
+        first, last = made.module(image[:, :, : 2 * reach + second]), made.module(image[:, :, second:])
+    cut = torch.cat([first[:, :, : reach + second], last[:, :, reach:]], 2)
+    assert float((cut - whole).abs().max()) < 1e-5
+
+
+def test_a_photo_smaller_than_the_kernel_of_a_network_that_sees_it_whole_is_filled_up_as_its_words_say() -> (
+    None
+):
+    made = ported_of(NETS["original"])
+    assert f"fewer than {made.facts['filled_to']} rows or columns is filled up" in made.after
+    assert "filled_to" not in ported_of(NETS["dilated"]).facts
+    assert "least" not in made.facts
 
 
 def test_networks_that_round_between_layers_are_written_in_no_precision() -> None:
@@ -238,6 +263,28 @@ def test_a_size_that_the_reach_eats_up_is_refused() -> None:
 def test_a_file_that_does_not_say_how_it_is_used_is_refused(about: dict[str, Any]) -> None:
     with pytest.raises(ImgtoolError, match="does not say"):
         with_file(file_of(NETS["fold"], about=about), picture(8, 8))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"reach": -1}, {"multiple": 0}, {"count": 4}, {"count": 0}, {"reach": 1e12}, {"target": 3},
+        {"count": 1, "residual": True}, {"local": False}, {"local": False, "filled_to": 0},
+        {"target": "sobel_3"}, {"target": "canny:high=none"}, {"multiple": None},
+    ],
+)  # fmt: skip
+def test_facts_that_cannot_be_are_refused_in_a_line(wrong: dict[str, Any]) -> None:
+    facts = {"target": "bilateral", "reach": 2, "multiple": 1, "count": 3, "residual": True, "local": True}
+    with pytest.raises(ImgtoolError, match="does not say how it may be used: facts") as caught:
+        with_file(file_of(NETS["three colours"], about={"facts": facts | wrong}), picture(8, 8))
+    assert caught.value.code == FAILED
+
+
+def test_a_file_with_other_channels_than_it_says_is_refused() -> None:
+    loaded = file_of(NETS["three colours"])
+    loaded.outputs = (SimpleNamespace(shape=(1, 1, None, None)),)
+    with pytest.raises(ImgtoolError, match="an output of 1×1×any×any, where the network's is 1×3"):
+        with_file(loaded, picture(8, 8))
 
 
 def test_a_file_of_another_filter_than_the_one_named_is_refused() -> None:

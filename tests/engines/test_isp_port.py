@@ -17,7 +17,7 @@ from imgtool import runtime
 from imgtool.engine import Port, Watch
 from imgtool.engines.isp import apply, bayer, model, port
 from imgtool.engines.isp.settings import Export, Infer, Model
-from imgtool.errors import USAGE, ImgtoolError
+from imgtool.errors import FAILED, USAGE, ImgtoolError
 from imgtool.export import onnx
 from imgtool.export.order import Order
 from imgtool.mosaic import Mosaic
@@ -61,7 +61,11 @@ def loaded(given: Port, size: tuple[int, int] | None = None) -> Any:
 
     class File:
         path, about = Path("x.onnx"), {"facts": dict(given.facts)}
-        inputs = (SimpleNamespace(shape=planes),)
+        inputs = (
+            SimpleNamespace(shape=planes),
+            *(SimpleNamespace(shape=(None, *slot.shape[1:])) for slot in given.inputs[1:]),
+        )
+        outputs = (SimpleNamespace(shape=(None, 3, None, None)),)
 
         def __call__(self, *arrays: Array) -> list[Array]:
             assert size is None or arrays[0].shape == planes
@@ -92,6 +96,24 @@ def test_planes_continue_as_the_mirrored_mosaic_does() -> None:
     wide = np.pad(mosaic, 6, mode="reflect")
     got = port.mirrored(torch.from_numpy(bayer.pack(mosaic))[None], 3)[0].numpy()
     np.testing.assert_array_equal(got, bayer.pack(wide))
+
+
+def test_a_mosaic_of_another_pattern_that_is_mirrored_as_its_words_say_gives_the_photo_of_infer() -> None:
+    net = network()
+    given = made(net)
+    halo = int(str(given.facts["halo"]))
+    assert f"both sides: {halo} (facts.halo, in pixels of the mosaic), and {halo + 1} where" in " ".join(
+        given.before.split()
+    )
+    shot = frame(41, 54, pattern="BGGR")
+    mosaic = np.pad(
+        (shot.values - 64.0) / (4095 - 64), ((halo + 1, halo), (halo + 1, halo + 1)), mode="reflect"
+    )
+    planes = np.stack([mosaic[row::2, column::2] for row in (0, 1) for column in (0, 1)])
+    told = (shot.gains, shot.noise, shot.matrix)
+    (photo,) = run(given.module)(*(np.array(part, np.float32)[None] for part in (planes, *told)))
+    theirs = np.rint(255 * photo[0].transpose(1, 2, 0))[halo + 1 :, halo + 1 :][:41, :54]
+    assert np.abs(theirs - developed(net, shot)[0]).max() <= 1
 
 
 @pytest.mark.parametrize("packing", ["rggb", "mai21"])
@@ -265,6 +287,37 @@ def test_a_file_of_planes_alone_gets_them_balanced() -> None:
     assert facts["matrix_source"] == "weights"
     assert len(said) == 1
     assert got.mean() > 10
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"halo": -2}, {"halo": 7}, {"multiple": 0}, {"multiple": 3}, {"gains": [1, 1]}, {"gains": [1, 0, 1]},
+        {"noise": [-1e-3, 0]}, {"matrix": [[1, 0, 0]]}, {"matrix": [[1, 0, "x"]] * 3}, {"packing": "bggr"},
+        {"inputs": []}, {"inputs": ["gains"]}, {"inputs": ["planes", "planes"]}, {"camera": 3},
+        {"bytes_per_pixel": 0}, {"largest": 0}, {"halo": 16, "multiple": 32},
+    ],
+)  # fmt: skip
+def test_facts_that_cannot_be_are_refused_in_a_line(wrong: dict[str, Any]) -> None:
+    file = loaded(made(network()))
+    type(file).about = {"facts": {**file.about["facts"], **wrong}}
+    with pytest.raises(ImgtoolError, match="does not say how it may be used: facts") as fault:
+        port.ported(file, Infer.model_validate({"inputs": ("x",)}))
+    assert fault.value.code == FAILED
+
+
+@pytest.mark.parametrize(
+    ("shapes", "what"),
+    [
+        ([(1, 4, 8)], "has 1 inputs, not 4"),
+        ([(1, 3, 8, 8), (1, 3), (1, 2), (1, 3, 3)], "an input of 1×3×8×8"),
+    ],
+)
+def test_a_file_of_something_else_is_refused_in_a_line(shapes: list[Any], what: str) -> None:
+    file = loaded(made(network()))
+    type(file).inputs = tuple(SimpleNamespace(shape=shape) for shape in shapes)
+    with pytest.raises(ImgtoolError, match=what):
+        port.ported(file, Infer.model_validate({"inputs": ("x",)}))
 
 
 def test_a_file_that_says_nothing_is_refused() -> None:

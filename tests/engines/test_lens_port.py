@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +22,7 @@ from imgtool.engines.lens import estimate, lines, model, network, plumb, port, p
 from imgtool.engines.lens.engine import ENGINE
 from imgtool.engines.lens.geometry import BrownConrady
 from imgtool.engines.lens.settings import Export, Infer, Model
-from imgtool.errors import ImgtoolError
+from imgtool.errors import FAILED, ImgtoolError
 from imgtool.export import onnx
 from imgtool.export.order import Order
 
@@ -57,6 +59,10 @@ def loaded(given: Port, **sizes: int) -> Any:
     class File:
         path, about = Path("x.onnx"), {"facts": dict(given.facts)}
         inputs = tuple(SimpleNamespace(shape=shape) for shape in shapes)
+        outputs = tuple(
+            SimpleNamespace(shape=tuple(each if isinstance(each, int) else None for each in slot.shape))
+            for slot in given.outputs
+        )
 
         def __call__(self, *arrays: Array) -> list[Array]:
             for shape, array in zip(shapes, arrays, strict=True):
@@ -120,6 +126,32 @@ def test_what_fills_up_counts_for_nothing_whatever_it_holds(net: Any) -> None:
         more = np.concatenate([points, np.full((1, 5, lines.POINTS, 2), filler, np.float32)], 1)
         (got,) = run(given.module)(more, np.pad(facts, ((0, 0), (0, 5), (0, 0))), half, candidates)
         np.testing.assert_allclose(got, right, atol=2e-4)
+
+
+def test_its_words_tell_the_prior_that_candidates_are_drawn_from(net: Any) -> None:
+    told = " ".join(port.port(net, EXPORT).after.split())
+    t = r"t\((\S+); (\S+), (\S+)\)"
+    part = rf"with weight (\S+) k1 = (\S+) \+ {t}, k2 = (\S+) - (\S+) k1 \+ {t}"
+    found = [tuple(map(float, words)) for words in re.findall(part, told)]
+    assert found == [
+        (0.85, 0.003, 2.2, 0.0375, 0.0285, 0.001, 0.43, 2.4, 0.0125, 0.0115),
+        (0.15, -0.3, 8, 0.085, 0.085, -0.045, 0.44, 5, 0.025, 0.025),
+    ]
+    k1, k2 = np.array([-0.3, -0.02, 0.0, 0.1]), np.array([0.09, 0.01, 0.0, -0.05])
+    density = np.zeros(4)
+    for weight, mode, freedom, below, above, offset, slope, rest, low, high in found:
+        first = student(k1 - mode, freedom, below, above)
+        density += weight * first * student(k2 - offset + slope * k1, rest, low, high)
+    np.testing.assert_allclose(np.log(density), prior.log_density(k1, k2, "mixed"), atol=1e-9)
+
+
+def student(away: Array, freedom: float, below: float, above: float) -> Array:
+    """Return the density of Student's t of two scales, each side as often as its scale says."""
+    scale = np.where(away < 0, below, above)
+    constant = math.gamma((freedom + 1) / 2) / math.gamma(freedom / 2) / math.sqrt(freedom * math.pi)
+    one_side = 2 * constant * (1 + (away / scale) ** 2 / freedom) ** (-(freedom + 1) / 2) / scale
+    density: Array = one_side * scale / (below + above)
+    return density
 
 
 def test_log_likelihoods_hold_in_float32(net: Any) -> None:
@@ -199,6 +231,29 @@ def test_a_file_that_says_nothing_is_refused() -> None:
     )
     with pytest.raises(ImgtoolError, match="does not say"):
         port.ported(file, INFER)
+
+
+@pytest.mark.parametrize(
+    ("arch", "shapes", "what"),
+    [
+        ("lines", [(1, None, lines.POINTS, 2)], "has 1 inputs, not 4"),
+        ("lines", [(1,), (1, None, 4), (1,), (1, None, 4)], "an input of 1, where"),
+        ("lines", [(1, None, 9999, 2), (1, None, 4), (1,), (1, None, 4)], "an input of 1×any×9999×2"),
+        ("efficientnet-b0", [(1, 3, 64, 48), (1, 2)], "no squares of one size"),
+        ("efficientnet-b0", [(1, 3, None, None), (1, 2)], "no squares of one size"),
+        ("efficientnet-b0", [()], "has 1 inputs"),
+        ("other", [(1, 3, 64, 64), (1, 2)], "does not say how it may be used: facts.arch"),
+    ],
+)
+def test_a_file_of_something_else_is_refused_in_a_line(arch: str, shapes: list[Any], what: str) -> None:
+    ends = {"lines": [(1, None)], "efficientnet-b0": [(1, 4), (1, 4)], "other": []}[arch]
+    given, out = ([SimpleNamespace(shape=shape) for shape in each] for each in (shapes, ends))
+    file: Any = SimpleNamespace(
+        path=Path("x.onnx"), about={"facts": {"arch": arch}}, inputs=given, outputs=out
+    )
+    with pytest.raises(ImgtoolError, match=what) as fault:
+        port.ported(file, INFER)
+    assert fault.value.code == FAILED
 
 
 def test_places_in_the_straight_picture_are_those_of_the_model() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -161,9 +163,8 @@ def test_a_file_that_exists_is_kept(export: Told, sobel: SimpleNamespace) -> Non
         ("filter --to onnx --size 0x5", "--size 0x5 is no size"),
         ("isp --to onnx --size 1081x1920", "a height of 1081 is not possible"),
         ("awb --to onnx --size 64x64", "takes no pictures of a size"),
-        ("filter --to tflite --dynamic", "files of tflite have fixed sizes"),
-        ("filter --to pt2 --precision int8", "--to pt2 does not write int8"),
         ("filter --to onnx --largest big", "--largest big is no size"),
+        ("filter --to onnx --largest 1x1", "--largest 1x1: a height of 1 is not possible"),
     ],
 )
 def test_what_cannot_be_is_one_line_and_no_file(
@@ -184,6 +185,14 @@ def test_what_cannot_be_is_one_line_and_no_file(
         ("filter --to onnx --weights isp-lrfu-s", "weights of the isp engine"),
         ("filter --to onnx --weights nothing.safetensors", "no weights file"),
         ("filter --to npz", "npz"),
+        ("filter --to onnx --limit 0", "--limit"),
+        ("filter --to tflite --dynamic", "files of tflite have fixed sizes"),
+        ("filter --to pt2 --precision int8", "--to pt2 does not write int8"),
+        ("filter --to tflite --opset 20", "--opset is not for --to tflite"),
+        ("filter --to onnx --max-mb 3", "--max-mb is not for --to onnx"),
+        ("awb --to docker --auth admin", "--auth is not for --to docker"),
+        ("awb --to docker --precision int8", "--precision is not for --to docker"),
+        ("awb --to onnx --tuning imx477.json", "--tuning is not for --to onnx"),
     ],
 )
 def test_what_is_asked_wrongly_has_code_2(
@@ -192,6 +201,34 @@ def test_what_is_asked_wrongly_has_code_2(
     monkeypatch.chdir(tmp_path)
     assert what in export.refused(*words.split(), code=2)
     assert not list(tmp_path.iterdir())
+
+
+def test_weights_of_another_kind_say_what_to_do(export: Told, sobel: SimpleNamespace) -> None:
+    assert "is an exported file already" in export.refused(
+        "filter", "--to", "onnx", "--weights", sobel.path, code=2
+    )
+    assert "imgtool export isp" in export.refused("filter", "--to", "onnx", "--weights", "isp-lrfu-s", code=2)
+
+
+def test_a_lack_of_memory_is_one_line(export: Told, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(order: Any, path: Path) -> Any:
+        raise RuntimeError(
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9e9 bytes"
+        )
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(writer, "write", write)
+    assert "out of memory" in export.refused("filter", "--to", "onnx", "--size", "9000x9000")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_broken_converter_is_named(export: Told, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(order: Any, path: Path) -> Any:
+        raise ImportError("libfoo.so: not found", name="onnxscript")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(writer, "write", write)
+    assert "onnxscript is installed but cannot be imported" in export.refused("filter", "--to", "onnx")
 
 
 def test_a_missing_converter_is_named_before_anything_is_computed(
@@ -225,28 +262,36 @@ def test_a_file_that_differs_from_torch_is_not_kept(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("full", ["net.xml", "net.bin", "net.xml.json"])
+def test_a_full_disk_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: str) -> None:
     made = tmp_path / "temporary" / "net.xml"
     made.parent.mkdir()
     for suffix in (".xml", ".bin"):
-        made.with_suffix(suffix).write_bytes(b"x")
+        made.with_suffix(suffix).write_bytes(b"new")
     target = tmp_path / "out" / "net.xml"
-    job = SimpleNamespace(
-        targets=[target, target.with_suffix(".bin"), target.with_name("net.xml.json")],
-        form=formats.FORMATS["openvino"],
-        port=SimpleNamespace(beside={}),
-    )
-    real = files.write
+    targets = [target, target.with_suffix(".bin"), target.with_name("net.xml.json")]
+    target.parent.mkdir()
+    for path in targets:
+        path.write_bytes(b"old")
+    job = SimpleNamespace(targets=targets, form=formats.FORMATS["openvino"], port=SimpleNamespace(beside={}))
+    real = files.atomic
 
-    def full(path: Path, data: bytes) -> None:
-        if path.name == "net.xml":
+    @contextmanager
+    def atomic(path: Path) -> Iterator[Path]:
+        if path.name == full:
             raise ImgtoolError("no space left", "make room")
-        real(path, data)
+        with real(path) as temporary:
+            yield temporary
 
-    monkeypatch.setattr(files, "write", full)
-    with pytest.raises(ImgtoolError, match="no space left"):
-        verb._put(made, job, {})  # type: ignore[arg-type]
-    assert not list(target.parent.iterdir())
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "atomic", atomic)
+        with pytest.raises(ImgtoolError, match="no space left"):
+            verb._put(made, job, {})  # type: ignore[arg-type]
+    assert {path.name: path.read_bytes() for path in target.parent.iterdir()} == {
+        path.name: b"old" for path in targets
+    }
+    verb._put(made, job, {})  # type: ignore[arg-type]
+    assert [path.read_bytes() for path in targets] == [b"new", b"new", b"{}\n"]
 
 
 def test_a_dry_run_tells_and_writes_nothing(
@@ -263,7 +308,7 @@ def test_a_dry_run_tells_and_writes_nothing(
 
 
 def test_many_photos_are_parted_into_those_that_calibrate_and_those_that_judge(
-    photographs: Path, monkeypatch: pytest.MonkeyPatch
+    photographs: Path,
 ) -> None:
     job = SimpleNamespace(
         engine=engines.load("filter"),
@@ -271,10 +316,12 @@ def test_many_photos_are_parted_into_those_that_calibrate_and_those_that_judge(
             to="onnx", precision="int8", photos=(str(photographs),), calibration=3
         ),
     )
-    said: list[str] = []
-    judged, ranges = verb.Job._photos(job, SimpleNamespace(say=said.append))  # type: ignore[arg-type]
+    judged, ranges = verb.Job._photos(job)  # type: ignore[arg-type]
     assert not set(judged) & set(ranges)
-    assert (len(judged), len(ranges), said) == (4, 3, [])
+    assert (len(judged), len(ranges)) == (4, 3)
+    one = job.settings.changed(photos=(str(judged[0]),))
+    with pytest.raises(ImgtoolError, match="8 bits need two photos or more"):
+        verb.Job._photos(SimpleNamespace(engine=job.engine, settings=one))  # type: ignore[arg-type]
 
 
 def test_the_photos_that_ship_are_read_by_every_engine() -> None:
@@ -282,7 +329,7 @@ def test_the_photos_that_ship_are_read_by_every_engine() -> None:
         job = SimpleNamespace(
             engine=engines.load(name), settings=engines.settings(name).Export(to="onnx", precision="fp32")
         )
-        found, ranges = verb.Job._photos(job, None)  # type: ignore[arg-type]
+        found, ranges = verb.Job._photos(job)  # type: ignore[arg-type]
         assert found
         assert ranges == []
 
@@ -293,5 +340,53 @@ def test_limit_is_of_8_bits_too() -> None:
     settings = SimpleNamespace(precision="int8", limit=44.0)
     judged = verb.Job._judged(SimpleNamespace(port=picture(), settings=settings))  # type: ignore[arg-type]
     assert judged.loss is not None
-    assert judged.loss.limit == 44
+    assert (judged.loss.limit, judged.loss.worst) == (44, None)
     assert parity.default_loss(judged).limit == parity.LEAST_PSNR
+
+
+# --- folders -------------------------------------------------------------------------------------
+
+
+def test_a_folder_of_somebody_elses_is_not_replaced(export: Told, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    for words in ((), ("--force",)):
+        assert "no folder that imgtool export wrote" in export.refused(
+            "awb", "--to", "docker", "-o", tmp_path, *words
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_the_working_directory_is_filled_and_filled_again_by_force(
+    export: Told, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "here"
+    place.mkdir()
+    monkeypatch.chdir(place)
+    export("awb", "--to", "docker", "-o", ".")
+    assert (place / "Dockerfile").is_file()
+    assert "exists" in export.refused("awb", "--to", "docker", "-o", ".")
+    (place / "Dockerfile").write_text("changed")
+    export("awb", "--to", "docker", "-o", ".", "--force")
+    assert "changed" not in (place / "Dockerfile").read_text()
+    (place / "docker-compose.yml").write_text("mine")
+    assert "docker-compose.yml is not of this export" in export.refused(
+        "awb", "--to", "docker", "-o", ".", "-f"
+    )
+    assert (place / "docker-compose.yml").read_text() == "mine"
+    assert Path.cwd().samefile(place)
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
+
+
+def test_a_folder_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
+    target = tmp_path / "app"
+    target.mkdir()
+    (target / "old.txt").write_text("x")
+
+    def fail() -> None:
+        with files.atomic_folder(target) as folder:
+            (folder / "new.txt").write_text("y")
+            raise ImgtoolError("torn", "glue it")
+
+    with pytest.raises(ImgtoolError, match="torn"):
+        fail()
+    assert [path.name for path in tmp_path.rglob("*")] == ["app", "old.txt"]

@@ -118,7 +118,7 @@ def check_isp(where: Path, weights: str) -> None:
 
 
 def check_awb(where: Path, weights: str) -> None:
-    for source in (EXAMPLES / "chart.kdc", linear_frame(where)):
+    for source in (EXAMPLES / "chart.kdc", EXAMPLES / "night.dng", linear_frame(where)):
         ours = infer("awb", where, source, "--weights", weights, "--fallback", "none")["facts"]
         theirs = json.loads(plain("awb", where, source, "theirs.json").read_text(encoding="utf-8"))
         assert theirs["red"] == pytest.approx(ours["red_gain"], rel=1e-4)

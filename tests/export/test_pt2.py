@@ -10,7 +10,6 @@ import pytest
 import torch
 import toys
 
-from imgtool.errors import USAGE, ImgtoolError
 from imgtool.export import pt2
 
 
@@ -47,13 +46,6 @@ def test_an_archive_says_nothing_of_where_it_was_made(archive: Path) -> None:
         assert all(name.startswith("archive/") for name in parts.namelist())
     for word in (b".py", b"/work", b"/home", b"toys", str(Path.cwd()).encode()):
         assert word not in content
-
-
-def test_8_bits_are_not_offered(tmp_path: Path) -> None:
-    with pytest.raises(ImgtoolError, match="int8") as fault:
-        pt2.write(toys.order(toys.ends(), precision="int8"), tmp_path / "x.pt2")
-    assert fault.value.code == USAGE
-    assert "onnx" in fault.value.hint
 
 
 def test_half_precision_is_inside_alone_and_the_bytes_are_always_the_same(tmp_path: Path) -> None:

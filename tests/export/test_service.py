@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from imgtool import cli, engines, header
 from imgtool.errors import ImgtoolError
@@ -24,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 UNNEEDED = "typer,rich,jinja2,matplotlib,torchvision,onnx,onnxruntime,skimage,imageio,tomli_w,scipy"
 
 ASK = """
-import json, sys
+import asyncio, inspect, json, sys
 
 class Wall:
     def find_spec(self, name, path=None, target=None):
@@ -43,6 +45,7 @@ def ask(name, method, body=b"", params=None, headers=None):
     request = func.HttpRequest(method=method, url=f"https://x.net/api/{name}?a=1", body=body,
                                params=params or {}, headers=headers or {}, route_params={})
     reply = functions[name].get_user_function()(request)
+    reply = asyncio.run(reply) if inspect.iscoroutine(reply) else reply
     return reply.status_code, reply.get_body(), reply.mimetype, dict(reply.headers)
 
 engine = sys.argv[2]
@@ -59,6 +62,7 @@ told = {
     "keyed": ask(engine, "POST", photo, {"code": "key"})[0],
     "large": ask(engine, "POST", bytes(200_001))[0],
     "none": ask(engine, "POST", b"no photo")[0],
+    "apart": inspect.iscoroutinefunction(functions["health"].get_user_function()),
     "from": sys.modules["imgtool"].__file__,
     "torch": "torch" in sys.modules,
 }
@@ -114,6 +118,7 @@ def test_a_function_app_answers_as_infer_does(azure: Path, capsys: pytest.Captur
     assert told["health"][1]["weights"] == "awb-hist"
     assert Path(told["from"]).resolve() == (azure / "imgtool" / "__init__.py").resolve()
     assert not told["torch"]
+    assert told["apart"], "health waits for none of the threads that may all be taken"
     work, health = told["triggers"]["awb"], told["triggers"]["health"]
     assert (work["type"], work["authLevel"], work["route"]) == ("httpTrigger", "FUNCTION", "awb")
     assert (health["authLevel"], health["methods"]) == ("ANONYMOUS", ["GET"])
@@ -135,8 +140,11 @@ def test_a_function_app_holds_what_the_host_reads(azure: Path) -> None:
     assert host["version"] == "2.0"
     assert re.fullmatch(r"\[\d\.\*, \d\.0\.0\)", host["extensionBundle"]["version"])
     assert host["functionTimeout"] == "00:05:00"
-    assert {"maxOutstandingRequests", "maxConcurrentRequests"} <= set(host["extensions"]["http"])
     local = json.loads((azure / "local.settings.json").read_text())
+    calls = host["extensions"]["http"]
+    assert calls["maxOutstandingRequests"] > calls["maxConcurrentRequests"] > Service.of(azure).places
+    assert local["Values"]["PYTHON_THREADPOOL_THREAD_COUNT"] == str(calls["maxConcurrentRequests"])
+    assert Service.of(azure).limits.seconds < 230, "the load balancer gives up before"
     assert local["Values"]["FUNCTIONS_WORKER_RUNTIME"] == "python"
     assert "local.settings.json" in (azure / ".funcignore").read_text().splitlines()
 
@@ -160,11 +168,49 @@ def test_requirements_are_the_versions_that_are_installed(azure: Path, docker: P
     assert cpu["torch"].endswith("+cpu")
     assert "+" not in gpu["torch"]
     assert set(cpu) == set(gpu)
-    assert not {"torchvision", "jinja2", "typer", "rich", "matplotlib"} & {name.lower() for name in cpu}
+    assert not {"torchvision", "typer", "rich", "matplotlib"} & {name.lower() for name in cpu}
+    assert not {"torch", "jinja2"} & set(own)
     assert (
         "--extra-index-url https://download.pytorch.org/whl/cpu" in (docker / "requirements.txt").read_text()
     )
     assert "--extra-index-url" not in (azure / "requirements.txt").read_text()
+
+
+def test_requirements_hold_all_that_they_need(azure: Path, docker: Path) -> None:
+    for path in (azure / "requirements.txt", docker / "requirements.txt"):
+        found = requirements(path)
+        for name in found:
+            for line in metadata.requires(name) or ():
+                needed = Requirement(line)
+                if needed.marker is None or needed.marker.evaluate({"extra": ""}):
+                    pinned = found[canonicalize_name(needed.name)].partition("+")[0]
+                    assert needed.specifier.contains(pinned, prereleases=True)
+
+
+def test_what_is_needed_is_decided_by_where_services_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = {
+        "tifffile": ["pillow ; sys_platform == 'win32'", "colour ; sys_platform == 'linux'", "numpy"],
+        "colour": ["tomli[fast]", "absent", "other ; extra == 'more'"],
+        "tomli": ["quick ; extra == 'fast'", "slow ; extra == 'other'"],
+        "quick": ["colour"],
+    }
+    versions = {"colour": "1", "quick": "2", "other": "3", "slow": "4"}
+    version = metadata.version
+
+    def installed(name: str) -> str:
+        if name == "absent":
+            raise metadata.PackageNotFoundError(name)
+        return versions.get(name) or version(name)
+
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(metadata, "version", installed)
+    monkeypatch.setattr(metadata, "requires", needed.get)
+    found = write(tmp_path / "a", "awb", "docker")["versions"]
+    assert {name: found.get(name) for name in [*versions, "absent"]} == {
+        "colour": "==1", "quick": "==2", "other": None, "slow": None, "absent": None,
+    }  # fmt: skip
 
 
 def test_a_folder_holds_the_package_and_only_the_weights_that_serve(azure: Path, docker: Path) -> None:
@@ -231,10 +277,9 @@ def test_weights_that_changed_are_not_served(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "imgtool.serve"]
     done = subprocess.run(words, cwd=tmp_path / "app", capture_output=True, text=True, env=_environment())
     assert done.returncode == 1
-    assert (
-        done.stderr.splitlines()[0]
-        == "error: weights/awb-hist.safetensors has changed since this service was made of it"
-    )
+    what = "error: weights/awb-hist.safetensors has changed since this service was made of it"
+    assert what in done.stderr.splitlines()
+    assert "IMGTOOL_TOKEN is not set" in done.stderr
 
 
 def test_the_environment_sets_limits(docker: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,7 +287,9 @@ def test_the_environment_sets_limits(docker: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("IMGTOOL_MAX_MEGAPIXELS", "3.5")
     monkeypatch.setenv("IMGTOOL_MAX_MB", "2")
     limits = Service.of(docker).limits
-    assert (limits.max_megapixels, limits.bytes) == (3.5, 2_000_000)
+    assert (limits.max_megapixels, limits.bytes, limits.seconds) == (3.5, 2_000_000, 300)
+    monkeypatch.setenv("IMGTOOL_SECONDS", "7.5")
+    assert Service.of(docker).limits.seconds == 7.5
     monkeypatch.setenv("IMGTOOL_MAX_MB", "-1")
     with pytest.raises(ImgtoolError, match="max_mb"):
         Service.of(docker)
@@ -298,4 +345,7 @@ def test_the_readme_names_the_route_and_the_limits(azure: Path, docker: Path) ->
         assert more in text
         assert "{{" not in text
         assert "{%" not in text
-    assert "12 megapixels" in (docker / "README.md").read_text()
+    text = (docker / "README.md").read_text()
+    assert "12 megapixels" in text
+    assert "no reply within 300 s" in text
+    assert '-e IMGTOOL_TOKEN="${IMGTOOL_TOKEN:?}"' in text

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import warnings
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -198,8 +200,76 @@ def test_lengths_that_would_be_free_are_refused(tmp_path: Path, monkeypatch: pyt
 
 def test_eight_bits_need_real_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tflite, "find_spec", lambda name: object())
-    with pytest.raises(ImgtoolError, match="8 bits need real inputs"):
+    with pytest.raises(ImgtoolError, match="8 bits need real inputs") as caught:
         tflite.write(order(ends(), fixed=True, precision="int8"), tmp_path / "m.tflite")
+    assert "--photos" in caught.value.hint
+
+
+class Child:
+    """The converting process, in whose stead something is done with its folder."""
+
+    def __init__(self, told: object = None, stderr: str = "") -> None:
+        self.told, self.stderr = told, stderr
+
+    def __call__(self, command: list[str], **values: Any) -> subprocess.CompletedProcess[str]:
+        if self.told is not None:
+            Path(command[-1], "told.json").write_text(json.dumps(self.told))
+        return subprocess.CompletedProcess(command, 1, "", self.stderr)
+
+
+@pytest.fixture
+def child(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Sets what the converting process does."""
+    monkeypatch.setattr(tflite, "find_spec", lambda name: object())
+    return lambda *given: monkeypatch.setattr(subprocess, "run", Child(*given))
+
+
+def test_a_bug_in_the_converting_process_shows_its_traceback(
+    child: Callable[..., None], tmp_path: Path
+) -> None:
+    child(None, "Traceback: a bug")
+    with pytest.raises(RuntimeError, match="Traceback: a bug"):
+        tflite.write(order(ends(), fixed=True), tmp_path / "m.tflite")
+
+
+def test_torch_says_nothing_of_weights_that_share_memory(
+    child: Callable[..., None], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It warns of parts of a tensor that is nowhere whole, as the network for libcamera has."""
+    child({"what": "no"})
+    port = plain(torch.relu)
+    weight: Any = nn.Parameter(torch.eye(6)[1:5, 1:5])
+    port.module.layer.weight = weight  # type: ignore[union-attr]
+    with pytest.raises(ImgtoolError, match="no"):
+        tflite.write(order(port, fixed=True), tmp_path / "m.tflite")
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (RuntimeError("Lowering not found: aten.lgamma.default"), "the operator aten.lgamma.default"),
+        (RuntimeError("Node number 3 (EXP) failed to prepare."), "the operator EXP"),
+        (MemoryError(), "memory does not do"),
+        (KeyError("inputs"), ""),
+        (TypeError("write() takes 2 positional arguments"), ""),
+    ],
+)
+def test_only_what_a_converter_cannot_do_is_said_to_be_its_fault(
+    fault: Exception, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work(folder: Path) -> None:
+        raise fault
+
+    monkeypatch.setattr(tflite, "_work", work)
+    with warnings.catch_warnings():
+        if said:
+            assert tflite.main(tmp_path) == FAILED
+            assert said in json.loads((tmp_path / "told.json").read_text())["what"]
+            return
+        with pytest.raises(type(fault)):
+            tflite.main(tmp_path)
+    assert not (tmp_path / "told.json").exists()
 
 
 def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,8 +22,15 @@ Array = npt.NDArray[Any]
 
 DILATIONS = (1, 2, 4, 1)
 """Of the convolutions of ``hist``."""
+KERNELS = (5, 3, 3, 3)
+"""Likewise."""
 NEAR = 3.0
 """Degrees within which an estimate is called right: confidence is the probability of that."""
+
+BLOCKS = 3
+"""Of convolutions in ``deepawb``."""
+MOST = 1 << 12
+"""What numbers of a network's shape lie below."""
 
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -52,14 +59,78 @@ class Net:
     parameters: int = 0
 
 
-def of_state(shape: Model, state: Mapping[str, Array]) -> Net:
-    """Return a network that NumPy runs, of its parameters by name, float32."""
-    learnt = (values.size for name, values in state.items() if not name.endswith(_STATISTICS))
+def of_state(shape: Model, state: Mapping[str, Array], name: str = "the weights file") -> Net:
+    """Return a network that NumPy runs.
+
+    Args:
+        shape: Its settings.
+        state: Its parameters by name, float32.
+        name: What messages call where they are from.
+
+    Raises:
+        ImgtoolError: Parameters are missing, or have other shapes than those of such a network.
+    """
+    for key, wanted in _parameters(shape, state, name):
+        found = np.shape(state[key]) if key in state else None
+        if found is None or not _fits(found, wanted):
+            told = "no" if found is None else "another"
+            what = f"{name} is damaged: {told} {key}, or of another network"
+            raise ImgtoolError(what, "take another copy of it")
+    learnt = (values.size for key, values in state.items() if not key.endswith(_STATISTICS))
     if shape.arch == "hist":
         return Net(shape, partial(forward.hist, state, dilations=DILATIONS), sum(learnt))
-    strides = tuple(int(word) for word in shape.strides.split(","))
-    run = partial(forward.deepawb, state, strides=strides, layers=shape.layers)
+    run = partial(forward.deepawb, state, strides=_numbers(shape.strides, name), layers=shape.layers)
     return Net(shape, run, sum(learnt))
+
+
+def _fits(found: Sequence[int], wanted: Sequence[int | None]) -> bool:
+    pairs = zip(found, wanted, strict=False)
+    return len(found) == len(wanted) and all(own == each or (each is None and own) for own, each in pairs)
+
+
+def _numbers(words: str, name: str) -> tuple[int, ...]:
+    """Return the numbers of a setting such as "1,2,2"."""
+    parts = [word.strip() for word in words.split(",")]
+    if len(parts) != BLOCKS or not all(part.isdecimal() and 0 < int(part) < MOST for part in parts):
+        raise ImgtoolError(f"{name} is damaged: {words!r} is not {BLOCKS} numbers", "take another copy of it")
+    return tuple(map(int, parts))
+
+
+def _parameters(
+    shape: Model, state: Mapping[str, Array], name: str
+) -> Iterator[tuple[str, tuple[int | None, ...]]]:
+    """Yield the parameters of a network and their shapes; None is any length.
+
+    Each layer takes as many channels as the one before it gives, so whoever asks checks one before the next.
+    """
+    if shape.arch == "hist":
+        kernels = [(size, size) for size in KERNELS]
+        yield from _chain(state, [f"score.{2 * number}" for number in range(len(KERNELS))], (3, 1), kernels)
+        yield from _chain(state, ["prior.0", "prior.2"], (3, 1), [(), ()])
+        return
+    wide = 3
+    channels, sizes = (_numbers(each, name) for each in (shape.channels, shape.kernels))
+    for number, (size, out) in enumerate(zip(sizes, channels, strict=True)):
+        yield f"blocks.{number}.conv.weight", (out, wide, size, size)
+        for key in ("weight", "bias", "running_mean", "running_var"):
+            yield f"blocks.{number}.norm.{key}", (out,)
+        wide = out
+    layers = [f"mlp.{2 * number}" for number in range(shape.layers + 1)]
+    yield from _chain(state, layers, (wide, 2), [()] * len(layers))
+
+
+def _chain(
+    state: Mapping[str, Array],
+    names: Sequence[str],
+    ends: tuple[int, int],
+    kernels: Sequence[tuple[int, ...]],
+) -> Iterator[tuple[str, tuple[int | None, ...]]]:
+    """Yield weight and bias of layers one after another, from and to so many channels."""
+    wide = ends[0]
+    for key, kernel in zip(names, kernels, strict=True):
+        yield f"{key}.weight", (ends[1] if key == names[-1] else None, wide, *kernel)
+        wide = len(state[f"{key}.weight"])
+        yield f"{key}.bias", (wide,)
 
 
 def of_module(module: Any, shape: Model) -> Net:
@@ -109,11 +180,13 @@ def white(net: Net | nn.Module, stats: AwbStats) -> White:
         stats: The frame; of a camera whose curve of white points is known, best.
 
     Raises:
-        ImgtoolError: No cell of the frame counts.
+        ImgtoolError: No cell of the frame counts, or the network gives NaN or infinity.
     """
     if not isinstance(net, Net):
         net = of_module(net, net.shape)  # type: ignore[arg-type]
     answer = net.run(*inputs(net.shape, stats))
+    if not np.isfinite(answer).all():
+        raise ImgtoolError("the network's output is not finite", "its weights are damaged: take others")
     if net.shape.arch == "deepawb":
         r, b = answer
         return White(max(float(r), 0.02), max(float(b), 0.02), float("nan"))

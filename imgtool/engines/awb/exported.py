@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from imgtool import files, header, runtime
-from imgtool.engines.awb import estimate
+from imgtool.engines.awb import estimate, features
 from imgtool.engines.awb.settings import Model
 from imgtool.errors import DONE, ImgtoolError
-from imgtool.loading import check_exported
+from imgtool.loading import Shape, check_exported, checked
 from imgtool.settings import make
 
 if TYPE_CHECKING:
@@ -29,14 +28,6 @@ INPUTS = {"hist": ("histograms", "place", "side", "log_prior"), "deepawb": ("pic
 _AGAIN = "export it with imgtool export awb"
 
 
-def mark(shape: Model, state: Mapping[str, Array]) -> str:
-    """Return 24 hexadecimal digits that stand for a network's shape and parameters; its files hold them."""
-    digest = hashlib.sha256(shape.model_dump_json().encode())
-    for name, values in sorted(state.items()):
-        digest.update(name.encode() + np.ascontiguousarray(values, np.float32).tobytes())
-    return digest.hexdigest()[:24]
-
-
 def opened(path: Path) -> Net:
     """Open an exported file as a network.
 
@@ -46,20 +37,30 @@ def opened(path: Path) -> Net:
     return _archive(path) if path.suffix.lower() == ".npz" else ported(runtime.open(path))
 
 
+def _shapes(shape: Model) -> tuple[list[Shape], list[Shape]]:
+    """Return the shapes of a network's inputs and outputs."""
+    if shape.arch == "deepawb":
+        return [(1, 3, shape.height, shape.width)], [(1, 2)]
+    maps = (1, features.MAPS, features.BINS, features.BINS)
+    return [maps, (1, "lights", 2), (1, "lights", 3), (1, "lights")], [(1, "lights")]
+
+
 def ported(model: runtime.Loaded, settings: Any = None) -> Net:
     """Return an exported file that a runtime runs as a network.
 
     Raises:
         ImgtoolError: Code 2 where it is of another engine. Code 1 where imgtool did not export it, or it
-            takes other inputs, such as the model for libcamera.
+            takes or gives something else, such as the model for libcamera.
     """
     shape = _shape(model.path, model.about)
     if tuple(value.name for value in model.inputs) != INPUTS[shape.arch]:
         what = f"{model.path} is a model for libcamera, which computes colour temperatures alone"
         raise ImgtoolError(what, "libcamera loads it by the tuning beside it; infer takes --to tflite")
 
+    whole = checked(model, *_shapes(shape))
+
     def run(*given: Array) -> Array:
-        out: Array = model(*(each[None] for each in given))[0][0]
+        out: Array = whole(*(each[None] for each in given))[0][0]
         return out
 
     return estimate.Net(shape, run)
@@ -80,6 +81,12 @@ def archived(about: Mapping[str, Any], arrays: Mapping[str, Array]) -> Callable[
     return run
 
 
+_DAMAGED = (
+    ValueError, OSError, EOFError, TypeError, KeyError, NotImplementedError, RecursionError, MemoryError
+)  # fmt: skip
+"""What NumPy, zipfile and json raise of archives that are none."""
+
+
 def _archive(path: Path) -> Net:
     import io
     import zipfile
@@ -88,9 +95,10 @@ def _archive(path: Path) -> Net:
         with np.load(io.BytesIO(files.read(path)), allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
         about = json.loads(arrays.pop("imgtool", np.zeros(0, np.uint8)).tobytes() or b"{}")
-    except (ValueError, OSError, EOFError, TypeError, KeyError, zipfile.BadZipFile):
+        state = {name: values.astype(np.float32, casting="same_kind") for name, values in arrays.items()}
+    except (*_DAMAGED, zipfile.BadZipFile):
         raise ImgtoolError(f"{path} is not a readable archive", _AGAIN) from None
-    return estimate.of_state(_shape(path, about), arrays)
+    return estimate.of_state(_shape(path, about if isinstance(about, dict) else {}), state, str(path))
 
 
 def _shape(path: Path, about: Mapping[str, Any]) -> Model:
@@ -115,18 +123,24 @@ def of_weights(path: Path, kind: str) -> runtime.Loaded:
     """
     runtime.require(kind)
     weights = header.read(path, "awb")
-    own = mark(make(Model, weights.model, f"weights {weights.name}"), weights.state)
     beside = path.with_suffix(f".{kind}")
     if beside.is_file():
         found = runtime.open(beside)
-        if found.about.get("facts", {}).get("mark") != own:
+        if not _is_of(found, weights):
             what = f"{beside} was not made from the weights {path}"
             raise ImgtoolError(what, "remove it: it is then made again where it is needed")
         return found
-    cached = files.cache_folder() / "awb" / f"{own}.{kind}"
-    if not cached.is_file():
+    cached = files.cache_folder() / "awb" / f"{header.digest(weights.state)[:24]}.{kind}"
+    if not (cached.is_file() and _is_of(runtime.open(cached), weights)):
         _export(path, kind, cached)
     return runtime.open(cached)
+
+
+def _is_of(found: runtime.Loaded, weights: header.Weights) -> bool:
+    """Tell whether a file was made from weights."""
+    shape = make(Model, weights.model, f"weights {weights.name}")
+    same = found.about.get("weights_sha256") == header.digest(weights.state)
+    return same and _shape(found.path, found.about) == shape
 
 
 def _export(path: Path, kind: str, target: Path) -> None:

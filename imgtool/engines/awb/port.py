@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,14 +13,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from imgtool.engine import Axis, Loss, Port, Slot
-from imgtool.engines.awb import estimate, exported, features, reading
-from imgtool.engines.awb.camera import GENERIC
+from imgtool.engines.awb import estimate, features, reading
+from imgtool.engines.awb.camera import GENERIC, LEAST
+from imgtool.engines.awb.camera import HIGHEST as COLDEST
+from imgtool.engines.awb.camera import LOWEST as WARMEST
+from imgtool.engines.awb.mosaic import SAMPLES
 from imgtool.engines.awb.network import DeepAwb, Hist
-from imgtool.engines.awb.settings import Model, Sources
-from imgtool.engines.awb.stats import COVERED, AwbStats
+from imgtool.engines.awb.settings import SURE, Model, Sources
+from imgtool.engines.awb.stats import CELLS, COVERED, DULLEST, SATURATED, AwbStats
 from imgtool.errors import USAGE, ImgtoolError
 
 if TYPE_CHECKING:
+    from imgtool.engines.awb.camera import Locus
     from imgtool.engines.awb.settings import Export
 
 _BINS, _REACH = features.BINS, features.REACH
@@ -32,8 +36,8 @@ FULL = float(np.sqrt(50))
 """Largest value of a histogram: that of all points in one bin."""
 LOWEST = -20.0
 """Log probability below which a light does not come into question."""
-MOST_DEGREES = 0.15
-"""What arithmetic in 8 bits may cost on average."""
+MOST_DEGREES, WORST_DEGREES = 0.15, 2.0
+"""What arithmetic in 8 bits may cost, on average and at worst."""
 DEFAULT_PRIOR = np.tile(-0.5 * features.OFFSETS**2, features.LIGHTS)
 SINGLE_BINS = (0, 10, 31)
 """Bins, along both axes, that alone are filled in inputs of extreme values."""
@@ -100,15 +104,13 @@ def port(net: nn.Module, settings: Export) -> Port:
             hint = "take weights of --arch hist, such as the shipped ones"
             raise ImgtoolError(f"--to libcamera: {shape.arch} sees no zones", hint, USAGE)
         return libcamera.port(net, settings)
-    state = {name: value.float().numpy() for name, value in net.state_dict().items()}
-    facts: dict[str, object] = {"mark": exported.mark(shape, state)}
     if isinstance(net, Hist):
-        return _hist(net, shape, facts)
+        return _hist(net, shape)
     assert isinstance(net, DeepAwb)
-    return _deepawb(net, shape, facts)
+    return _deepawb(net, shape)
 
 
-def _hist(net: Hist, shape: Model, facts: Mapping[str, object]) -> Port:
+def _hist(net: Hist, shape: Model) -> Port:
     maps = (features.MAPS, _BINS, _BINS)
     return Port(
         Whole(net),
@@ -121,7 +123,8 @@ def _hist(net: Hist, shape: Model, facts: Mapping[str, object]) -> Port:
             Slot("place", ("batch", "lights", 2), -_REACH, _REACH, "Candidate lights in aligned log-chroma."),
             Slot(
                 "side", ("batch", "lights", 3), -1.3, 1.5,
-                "Of each candidate: mired / 200 - 1.3; log(1 + lux) / 10 and 1, or 0 and 0 without lux.",
+                "Of each candidate: mired / 200 - 1.3, mired that of its light on the curve; log(1 + lux) / "
+                "10 and 1, or 0 and 0 without lux.",
             ),
             Slot(
                 "log_prior", ("batch", "lights"), -2, 0,
@@ -136,12 +139,24 @@ def _hist(net: Hist, shape: Model, facts: Mapping[str, object]) -> Port:
         after=_AFTER,
         real=lambda path, sizes: _real(shape, path, sizes),
         made=_made,
-        facts={**facts, "generic_curve": GENERIC.locus.ct_curve()},
-        loss=Loss("angle between the gains", "degrees", _of_posteriors, MOST_DEGREES, higher_is_better=False),
+        facts={"generic_curve": _points(GENERIC.locus)},
+        loss=_angle(_of_posteriors),
     )  # fmt: skip
 
 
-def _deepawb(net: DeepAwb, shape: Model, facts: Mapping[str, object]) -> Port:
+def _points(locus: Locus) -> list[list[float]]:
+    """Return temperature, R/G and B/G of each point of a curve."""
+    return [[float(each) for each in point] for point in zip(locus.ct, locus.r, locus.b, strict=True)]
+
+
+def _pictured(shape: Model) -> str:
+    """Return in words how the picture is made."""
+    count = shape.height * shape.width
+    mosaic = f"{_MOSAIC[:-1]}, and {CELLS} for {count}."
+    return _PICTURED.format(cells=count, mosaic=mosaic, height=shape.height, width=shape.width)
+
+
+def _deepawb(net: DeepAwb, shape: Model) -> Port:
     return Port(
         Seen(net),
         inputs=(
@@ -153,49 +168,80 @@ def _deepawb(net: DeepAwb, shape: Model, facts: Mapping[str, object]) -> Port:
         ),
         outputs=(Slot("white", ("batch", 2), 0, 1.2, "R/G and B/G of white in the camera's own colours."),),
         axes={"batch": Axis(1)},
-        before=_PICTURED.format(cells=shape.height * shape.width, height=shape.height, width=shape.width),
+        before=_pictured(shape),
         after="Keep both at 0.02 or more. Gains are 1 / (R/G) for red, 1 for green, 1 / (B/G) for blue.",
         real=lambda path, sizes: _real(shape, path, sizes),
         made=lambda kind, sizes, rng: _pictures(shape, kind, sizes, rng),
-        facts=facts,
-        loss=Loss("angle between the gains", "degrees", _of_whites, MOST_DEGREES, higher_is_better=False),
+        loss=_angle(_of_whites),
     )  # fmt: skip
 
 
+_CELLS = f"""\
+1. Pixels: those of the linear frame as the sensor lies; of a Bayer mosaic its squares of 2x2 from the first
+visible pixel on, G the mean of both greens. Subtract each channel's black and divide by white - black (from
+here on the mean of the blacks). White is the lowest above 0 that the file names (rawpy: white_level,
+camera_white_level_per_channel), of a PNG 2^bits - 1 for the first of 8, 10, 12, 14, 16 bits that hold its
+largest value. Pixels whose R, G, B are all 0 are masked (linear PNG only).
+2. edge = sqrt(H x W / {{cells}}), at least 1, for H x W pixels; stride = max(1, round(edge / 4)); side =
+max(1, round(edge / stride)). {{mosaic}}
+A cell is side x side samples, every stride-th pixel. Whole cells lie in the middle: covered = length - length
+mod (stride x side), first sample at (length - covered) // 2 + stride // 2; a shorter length is one cell, of
+min(side, length) samples. A cell is the mean of its samples that count, 0 without any; coverage is their
+share. Samples count that are neither masked nor saturated.
+3. A sample is saturated where its peak, the largest of its channels (and of both greens) as the file has
+them, reaches black + {SATURATED:g} (white - black); where the frame's own plateau lies lower than white, it
+stands for white. Of n samples, few = max(8, n // 2048) and n >= 32 few, top is the few-th largest peak, which
+must lie from {DULLEST:g} to below {SATURATED:g} of the way from black to white; band = 0.005 (top - black),
+of whole numbers at least 1; the crowd are the peaks of top - band or more, below are those from top - 3 band
+to that. top is a plateau where 4 x below + few <= crowd <= n / 2, and of the crowd's least channels (of R, B
+and the larger green) the median is at least top - 2 band, or the standard deviation above both 4 times that
+of the crowd's peaks and 0.01 (top - black)."""
+_MOSAIC = f"Of a mosaic pixels are its squares, and edge / {SAMPLES} stands for edge / 4."
+
 _BEFORE = f"""\
-1. Average the linear frame (black subtracted, white at 1) into about 1536 square cells of R, G, B; coverage
-is the share of a cell's pixels that are neither saturated (98 % of white) nor masked. Cells of a coverage of
-{COVERED:g} or more whose R, G and B are above 0 count; of those, only cells whose G is above 0.01 of their
-mean G.
-2. The camera's curve of white points gives R/G and B/G by colour temperature, linear in kelvin between its
-points and beyond them (at least 0.01); generic_curve (kelvin, R/G, B/G, ...) serves where it is unknown.
-origin = log of (R/G, B/G) at 5000 K; scale = 0.65 / max(|log at 7500 K - log at 3000 K|, 0.1), for each of
+{_CELLS.format(cells=CELLS, mosaic=_MOSAIC)}
+4. Cells of a coverage of {COVERED:g} or more whose R, G and B are above 0 count; of those, only cells whose G
+is above {features.DARK:g} of their mean G.
+5. The camera's curve of white points gives R/G and B/G by colour temperature, linear in kelvin between its
+points and beyond them (at least {LEAST:g}). It is that of a calibration (ct_curve of a libcamera tuning), or
+made from the camera's colour matrix, or, where both are unknown, facts.generic_curve: [kelvin, R/G, B/G] of
+each point. From a matrix: 26 lights evenly in mired from {WARMEST:g} to {COLDEST:g} K, Planckian below 4000 K
+(x, y by Kang et al., 2002), CIE daylight from 5000 K on, between both x and y blended by s^2 (3 - 2 s), s =
+(T - 4000) / 1000; XYZ of each (Y = 1) times the matrix from XYZ to the camera gives R/G and B/G; keep those
+whose R, G, B are above 0 and both ratios above {LEAST:g}. The matrix is AnalogBalance x CameraCalibration x
+ColorMatrix of a DNG, else rawpy's rgb_xyz_matrix[:3]. Of two for different lights, each ColorMatrix is
+divided by the largest part of it times D50's white, and they are interpolated in mired between their lights.
+6. origin = log of (R/G, B/G) at 5000 K; scale = 0.65 / max(|log at 7500 K - log at 3000 K|, 0.1), for each of
 both. The aligned log-chroma of R/G, B/G is (log - origin) * scale.
-3. Divide R and B of every cell by R/G and B/G at 5000 K. light = R + G + B; mean = mean of light / 3 over the
-cells that count. Colours: R, G, B at least 0.002 * mean, then log(R) - log(G) and log(B) - log(G), times
-scale. weight = coverage; bright = coverage * min(light / (3 * mean), 4).
-4. Edges: absolute differences of neighbours, down and across, cells that do not count being 0; colours as
-those of cells; weight = the smaller of both coverages (0 where one does not count) * min((R + G + B) / mean,
-4).
-5. histograms[0] counts the cells by weight, [1] by bright, [2] the edges. at = (colour + {_REACH:g}) *
+7. Divide R and B of every cell by R/G and B/G at 5000 K. light = R + G + B; mean = mean of light / 3 over the
+cells that count. Colours: R, G, B at least {features.FLAT:g} * mean, then log(R) - log(G) and log(B) -
+log(G), times scale. weight = coverage; bright = coverage * min(light / (3 * mean), {features.BRIGHTEST:g}).
+8. Edges: absolute differences of neighbours, down and across; colours as those of cells; weight = the smaller
+of both coverages (0 where one does not count) * min((R + G + B) / mean, {features.BRIGHTEST:g}).
+9. histograms[0] counts the cells by weight, [1] by bright, [2] the edges. at = (colour + {_REACH:g}) *
 {_BINS - 1} / {2 * _REACH:g}, kept in 0..{_BINS - 1.001:g}; each point is shared linearly by the four bins
 around it (row from log(R/G)). Each histogram h becomes sqrt(50 * h / (sum(h) + 1e-6)).
-6. Lights: {features.LIGHTS} evenly spaced in mired from 1e6/9000 to 1e6/2400. Of each: the curve's white
-there (kept within a calibrated curve) in aligned log-chroma; the curve's direction there by central
-differences; at right angles to it (-second, first), of unit length, {len(features.OFFSETS)} places at
-offsets of -2, -1.5, ..., 2 times s: s is 0.01 for a calibrated curve, 0.05 for one from a colour matrix, 0.25
-for the generic one. log_prior = -0.5 * offset^2."""
+10. Lights: {features.LIGHTS} evenly spaced in mired from 1e6/{1e6 / features.COOLEST:.0f} to
+1e6/{1e6 / features.WARMEST:.0f}. Of each: the curve's white there (kept within a calibrated curve) in aligned
+log-chroma; the curve's direction there, between the neighbouring lights, at both ends the one-sided
+difference; at right angles to it (-second, first), of unit length in aligned log-chroma,
+{len(features.OFFSETS)} places at offsets of -2, -1.5, ..., 2 times s: s is {features.SPREAD["tuning"]:g} for
+a calibrated curve, {features.SPREAD["matrix"]:g} for one from a colour matrix, {features.SPREAD["generic"]:g}
+for the generic one. mired in side is that of the light on the curve, the same for its places. log_prior =
+-0.5 * offset^2."""
 
 _AFTER = f"""\
 p = exp(log_posterior), divided by its sum. A light has R/G, B/G = exp(place / scale + origin). White is exp
 of the mean of log(R/G), log(B/G) weighted by p. Gains are 1 / (R/G) for red, 1 for green, 1 / (B/G) for blue.
-Confidence is the sum of p over lights within {estimate.NEAR:g} degrees of white, as vectors (R/G, 1, B/G)."""
+Confidence is the sum of p over lights within {estimate.NEAR:g} degrees of white, as vectors (R/G, 1, B/G).
+imgtool itself takes shades-of-grey instead below a confidence of {SURE:g} and for rendered photos, and where
+the curve is the generic one the geometric mean of both whites; --fallback none leaves the answer as it is."""
 
 _PICTURED = f"""\
-Average the linear frame (black subtracted, white at 1) into about {{cells}} square cells of the camera's RGB;
-cells of which less than {COVERED:g} is valid are 0. Divide by 4 times the mean of the others, keep in 0..1,
-raise to 1 / 2.2, interpolate linearly between centres to {{height}}x{{width}} (borders are repeated),
-subtract 0.45, divide by 0.25."""
+{_CELLS}
+4. Cells of a coverage of less than {COVERED:g} are 0. Divide by 4 times the mean of all channels of the
+others, keep in 0..1, raise to 1 / 2.2, interpolate linearly between centres to {{height}}x{{width}} (borders
+are repeated), subtract 0.45, divide by 0.25."""
 
 
 # --- inputs ------------------------------------------------------------------------------------------
@@ -259,6 +305,10 @@ def _pictures(shape: Model, kind: str, sizes: Mapping[str, int], rng: np.random.
 
 
 # --- what 8 bits cost --------------------------------------------------------------------------------
+
+
+def _angle(of: Callable[[Sequence[Array], Sequence[Array]], float]) -> Loss:
+    return Loss("angle between the gains", "degrees", of, MOST_DEGREES, False, WORST_DEGREES)
 
 
 def _of_posteriors(right: Sequence[Array], got: Sequence[Array]) -> float:

@@ -65,22 +65,24 @@ class Sources(Settings):
     )
     black: float = setting(
         -1.0, "Black level of linear PNG and TIFF frames; -1 takes what the data set is known for, or 0.",
-        panel=DATA, ge=-1,
+        panel=DATA, ge=-1, served=True,
     )  # fmt: skip
     white: float = setting(
-        -1.0, "Their white level; -1 takes what the frame and its bits say.", panel=DATA, ge=-1
+        -1.0, "Their white level; -1 takes what the frame and its bits say.", panel=DATA, ge=-1, served=True
     )
     mask: str = setting(
         "auto",
         "What does not count: auto (Cube++'s cube where the data set is Cube++, else pixels that are zero), "
         "none, cube, or x,y,w,h in pixels: of a RAW file's mosaic as it lies, of a photo upright.",
         panel=DATA,
+        served=True,
     )
     domain: Literal["auto", "raw", "srgb"] = setting(
         "auto",
         "What frames are: raw (linear, the camera's colours), srgb (rendered photos), or auto (camera RAW, "
         "statistics and 16-bit PNG that say nothing of how they are shown are raw, other photos srgb).",
         panel=DATA,
+        served=True,
     )
 
 
@@ -159,7 +161,7 @@ class Infer(Sources, common.Infer):
     """Find the gains of red and blue; write the corrected picture where -o names one."""
 
     example: ClassVar[str] = "imgtool infer awb IMG_1.DNG --json"
-    method: Method = setting("net", "How the white is found.", panel=NETWORK)
+    method: Method = setting("net", "How the white is found.", panel=NETWORK, served=True)
     runtime: Literal["numpy", "onnx", "tflite", "torch"] = setting(
         "numpy",
         "What runs the network; tflite needs imgtool[tflite-runtime].",
@@ -170,18 +172,20 @@ class Infer(Sources, common.Infer):
         "Method that answers where the network is not sure and for rendered photos, and is averaged with it "
         "where the camera is unknown.",
         panel=NETWORK,
+        served=True,
     )
     sure: float = setting(
-        SURE, "Least confidence with which the network is believed.", panel=NETWORK, ge=0, le=1
+        SURE, "Least confidence with which the network is believed.", panel=NETWORK, ge=0, le=1, served=True
     )
     lux: float = setting(
-        -1.0, "Scene illuminance in lux; -1 takes what the frame says.", panel=NETWORK, ge=-1
+        -1.0, "Scene illuminance in lux; -1 takes what the frame says.", panel=NETWORK, ge=-1, served=True
     )
     ct_range: str = setting(
         "auto",
         "Colour temperatures that bayes searches: a mode of the tuning (auto, daylight, tungsten, ...) or "
         "LOW,HIGH in kelvin.",
         panel=NETWORK,
+        served=True,
     )
     export: str = setting(
         "",

@@ -100,7 +100,12 @@ class Infer(common.Infer):
         gt=0,
     )
     strength: float = setting(
-        1.0, "Share of the correction that is applied: 0 none, 1 all.", panel="Network", ge=0, le=1
+        1.0,
+        "Share of the correction that is applied: 0 none, 1 all.",
+        panel="Network",
+        ge=0,
+        le=1,
+        served=True,
     )
 
 

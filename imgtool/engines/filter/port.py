@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from imgtool import images, tiles, traced
+from imgtool import loading, pictures, traced
 from imgtool.engine import Axis, Port, Slot
 from imgtool.engines.filter import edges, model, quantise, targets
 from imgtool.errors import ImgtoolError
 
 if TYPE_CHECKING:
-    from imgtool.engine import Pixels
     from imgtool.engines.filter.settings import Export
     from imgtool.runtime import Loaded
 
@@ -27,22 +25,22 @@ Floats = npt.NDArray[np.float32]
 USUAL = 512
 LEAST = 8
 """Pixels: a trace of free sizes tells one pixel from several, also of blocks of pixels."""
-SHIFT = 40
-"""Pixels between the pictures of a batch."""
-SLOPES = 2
-"""Channels of a map of derivatives, which have both signs."""
+SLOPES, COLOURS = 2, 3
+"""Channels of a map of derivatives, which have both signs, and of a photo."""
 
 SEEN = "The photo: RGB, 0 black, 1 white."
-BEFORE = (
-    "Decode the photo and turn it upright as its EXIF orientation says; its colours and gamma stay; channels "
-    "R, G, B; divide levels of 8 bits by 255, of 16 bits by 65535; clip to 0..1."
-)
-PLAIN = "Clip to 0..1, multiply by 255 (65535) and round to the nearest."
 OVER_MAXIMUM = (
-    "Divide the map of the whole photo by its maximum, multiply by 255 and round down; the maximum is 255, "
-    f"and all is 0 where the maximum is below {edges.NOTHING:g}."
+    "Divide the map of the whole photo by its maximum, multiply by 255 and round down, so that the maximum "
+    f"becomes 255; all is 0 where the maximum is below {edges.NOTHING:g}."
 )
-WHOLE = " The network looks at the whole photo, which may not be cut."
+WHOLE = (
+    " The network looks at the whole photo, which may not be cut; one of fewer than {} rows or columns is "
+    "filled up to these by repeating the last."
+)
+CUT = (
+    " A photo that is too large is cut: tiles begin at multiples of {}; of each, {} pixels are thrown away "
+    "on every side that is not the photo's own edge."
+)
 ROUNDS = (
     "it was trained in 8-bit arithmetic and rounds between its layers, so that the last bit of a float "
     "changes a whole step: train it with --arithmetic float, and export it with --precision int8"
@@ -75,24 +73,50 @@ def port(net: Any, settings: Export) -> Port:
         (Slot("image", ("batch", 3, "height", "width"), 0, 1, SEEN, picture=True),),
         (Slot("filtered", shape, low, 1, meaning(net), picture=True),),
         {"batch": Axis(1), "height": side, "width": side},
-        BEFORE,
-        last_steps(net.target) + ("" if net.local else WHOLE),
-        real,
-        made,
-        {name: getattr(net, name) for name in FACTS} | {"least": least},
+        pictures.BEFORE,
+        last_steps(net.target)
+        + (CUT.format(net.multiple, net.reach) if net.local else WHOLE.format(net.least)),
+        pictures.real,
+        pictures.made,
+        {name: getattr(net, name) for name in FACTS} | ({} if net.local else {"filled_to": least}),
         refuse=dict.fromkeys(refused, ROUNDS),
     )
 
 
-FACTS: Mapping[str, Callable[[Any], object]] = {
-    "target": str,
-    "reach": int,
-    "multiple": int,
-    "count": int,
-    "residual": bool,
-    "local": bool,
-}
-"""What a file says of the network in it."""
+FACTS = ("target", "reach", "multiple", "count", "residual", "local")
+"""What a file says of the network in it, by its attributes."""
+
+
+class Facts(loading.Facts):
+    """What is read of a file's facts: of a network as in ``model``.
+
+    Attributes:
+        filled_to: Rows and columns that a photo is filled up to, where it may not be cut.
+    """
+
+    target: str
+    reach: int = Field(ge=0, le=4096)
+    multiple: int = Field(ge=1, le=4096)
+    count: int = Field(ge=1, le=3)
+    residual: bool
+    local: bool
+    filled_to: int = Field(0, ge=1, le=4096)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Facts:
+        """Refuse what no network is."""
+        if self.residual and self.count != COLOURS:
+            raise ValueError("only a photo can be added to a photo")
+        if not self.local and (self.reach or not self.filled_to):
+            raise ValueError("a network that looks at the whole photo has filled_to, and reach 0")
+        if self.target.partition(":")[0] in targets.KINDS:
+            try:
+                channels = targets.parse(self.target).channels
+            except ImgtoolError as fault:
+                raise ValueError(fault.what) from None
+            if channels != self.count:
+                raise ValueError(f"{self.target} has {channels} channels, not {self.count}")
+        return self
 
 
 def meaning(net: Any) -> str:
@@ -108,11 +132,11 @@ def last_steps(spec: str) -> str:
     """Return what is done with a network's output, in words."""
     name = spec.partition(":")[0]
     if name not in targets.KINDS:
-        return PLAIN
+        return pictures.AFTER
     target = targets.parse(spec)
     last = target.levels or target.finish
     if last is None:
-        return PLAIN
+        return pictures.AFTER
     words = OVER_MAXIMUM if target.levels else (
         f"Multiply by {edges.LEVELS} and round to the nearest, to 16-bit integers."
     )  # fmt: skip
@@ -121,22 +145,6 @@ def last_steps(spec: str) -> str:
         return words
     given = "the levels" if target.levels else "both derivatives"
     return f"{words} Then OpenCV's cv2.Canny of {given}, thresholds {limits[0]:g} and {limits[1]:g}."
-
-
-def real(path: Path, sizes: Mapping[str, int]) -> tuple[Pixels, ...]:
-    """Return the middle of a photo as the network's input; further pictures of a batch lie beside it."""
-    photo = images.read(path).pixels
-    size = sizes["height"], sizes["width"]
-    parts = [tiles.middle(photo, *size, SHIFT * number).clip(0, 1) for number in range(sizes["batch"])]
-    return (np.ascontiguousarray(np.stack(parts).transpose(0, 3, 1, 2)),)
-
-
-def made(kind: str, sizes: Mapping[str, int], rng: np.random.Generator) -> tuple[Pixels, ...]:
-    """Return an input of noise, of one grey, or of black and white pixels."""
-    values: Floats = rng.random((sizes["batch"], 3, sizes["height"], sizes["width"]), np.float32)
-    if kind == "flat":
-        values[:] = 0.5
-    return (np.rint(values) if kind == "extreme" else values,)
 
 
 class Ported(nn.Module):
@@ -150,30 +158,21 @@ class Ported(nn.Module):
         window: The same without the margin.
     """
 
-    target: str
-    reach: int
-    multiple: int
-    count: int
-    residual: bool
-    local: bool
-
     def __init__(self, loaded: Loaded) -> None:
         """Look at what the file says of itself.
 
         Raises:
-            ImgtoolError: It says too little, or its size is too small.
+            ImgtoolError: It says too little, or what cannot be, its size is too small, or it is no file of
+                such a network.
         """
         super().__init__()
-        self.loaded = loaded
-        facts = loaded.about.get("facts", {})
-        try:
-            for name, kind in FACTS.items():
-                setattr(self, name, kind(facts[name]))
-            self.least = int(facts["least"])
-        except (KeyError, TypeError, ValueError):
-            raise ImgtoolError(f"{loaded.path} does not say how it may be used", "export it again") from None
-        height, width = loaded.inputs[0].shape[-2:]
-        self.size = None if height is None or width is None else (height, width)
+        self.path, facts = loaded.path, loading.facts(loaded.path, loaded.about, Facts)
+        self.target, self.reach, self.multiple = facts.target, facts.reach, facts.multiple
+        self.count, self.residual, self.local = facts.count, facts.residual, facts.local
+        self.least = facts.filled_to
+        picture: loading.Shape = ("height", "width")
+        self.run = loading.checked(loaded, [(1, 3, *picture)], [(1, facts.count, *picture)])
+        self.size = pictures.fixed_size(loaded)
         self.window = self.size and (self._inside(self.size[0]), self._inside(self.size[1]))
 
     def _inside(self, length: int) -> int:
@@ -181,7 +180,7 @@ class Ported(nn.Module):
         left = (length - 2 * self.reach) // self.multiple * self.multiple
         if left < 1:
             raise ImgtoolError(
-                f"{self.loaded.path} takes {length} pixels; its network reaches {self.reach} to each side",
+                f"{self.path} takes {length} pixels; its network reaches {self.reach} to each side",
                 f"export it for free sizes, or for at least {2 * self.reach + USUAL} pixels",
             )
         return left
@@ -195,21 +194,13 @@ class Ported(nn.Module):
         height, width = x.shape[-2:]
         given = x.numpy()
         if not self.local:
-            self._check(height, width)
+            pictures.check_size(self.path, self.size, (height, width))
             given = _filled(given, (max(self.least, height), max(self.least, width)), "edge")
         elif self.size:
             given = _filled(given, self.size, "constant")
-        found = self.loaded(np.ascontiguousarray(given))[0]
+        found = self.run(np.ascontiguousarray(given))[0]
         cut = self.reach
         return torch.from_numpy(found[..., cut : height - cut, cut : width - cut])
-
-    def _check(self, height: int, width: int) -> None:
-        if self.size and self.size != (height, width):
-            own, given = ("x".join(map(str, each)) for each in (self.size, (height, width)))
-            raise ImgtoolError(
-                f"{self.loaded.path} takes photos of {own} alone, and this one has {given}",
-                f"export it for free sizes, or with --size {given}: it normalises over the whole photo",
-            )
 
 
 def _filled(x: Floats, size: tuple[int, int], mode: Literal["edge", "constant"]) -> Floats:

@@ -151,6 +151,7 @@ class Infer(common.Infer):
         "",
         "Filter: takes the shipped weights that imitate it; with --weights, what these must imitate.",
         panel=NETWORK,
+        served=True,
     )
     compare: bool = setting(
         False,

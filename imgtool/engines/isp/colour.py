@@ -46,7 +46,7 @@ def mix(camera: Tensor, matrix: Tensor) -> Tensor:
         camera: ``(B, 3, H, W)``.
         matrix: ``(B, 3, 3)`` or ``(3, 3)``.
     """
-    batch = matrix if matrix.ndim == 3 else matrix[None].expand(len(camera), 3, 3)
+    batch = matrix if matrix.ndim == 3 else matrix[None].expand(camera.shape[0], 3, 3)
     return torch.einsum("bij,bjhw->bihw", batch, camera)
 
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from imgtool import mosaic
-from imgtool.engine import Axis, Loss, Port, Slot
+from imgtool import loading, mosaic, pictures
+from imgtool.engine import Axis, Port, Slot
 from imgtool.engines.isp import apply, bayer, colour, model, noise, unprocess
 from imgtool.engines.isp.model import Camera
 from imgtool.errors import USAGE, ImgtoolError
@@ -219,9 +220,10 @@ def _blocks(shape: tuple[int, ...]) -> Floats:
     return np.broadcast_to(np.where(even, np.float32(1), np.float32(-0.02)), shape)
 
 
-def _psnr(right: Sequence[npt.NDArray[Any]], got: Sequence[npt.NDArray[Any]]) -> float:
-    """Return dB between two photos in 0..1, at most 150."""
-    return -10 * math.log10(max(float(np.square(right[0] - got[0]).mean()), 1e-15))
+_NEUTRAL_NOTE = (
+    "without --camera FILE the file takes planes that are balanced already, their colours as those of sRGB, "
+    "and the noise of ISO 100"
+)
 
 
 def port(net: nn.Module, settings: Export) -> Port:
@@ -274,7 +276,7 @@ def port(net: nn.Module, settings: Export) -> Port:
             "noise": list(camera.noise),
             "matrix": np.asarray(camera.matrix).tolist(),
         },
-        loss=Loss("PSNR to torch", "dB", _psnr, 30.0, higher_is_better=True),
+        note=_NEUTRAL_NOTE if balanced else "",
     )
 
 
@@ -302,37 +304,74 @@ def _slots(net: nn.Module, packing: str, balanced: bool) -> dict[str, Slot]:
 
 _PHOTO = Slot("photo", ("batch", 3, "height", "width"), 0.0, 1.0, "The photograph: sRGB.", picture=True)
 
-_AFTER = (
-    "Round 255 x photo to bytes of sRGB, red, green, blue (IEC 61966-2-1); cut out the camera's own crop and "
-    "turn the picture upright, both as the RAW file says."
+_AFTER = """\
+1. Round 255 x photo, which lies in 0..1, to bytes of sRGB, red, green, blue (IEC 61966-2-1); cut off what was
+added around the mosaic.
+2. Cut out the camera's own crop (rawpy: sizes.crop_height rows from sizes.crop_top_margin - sizes.top_margin
+on, and so the columns) where it lies inside and holds a quarter of the pixels or more. Turn the picture
+upright (rawpy: sizes.flip 3 half a turn, 5 a quarter counterclockwise, 6 a quarter clockwise)."""
+
+_GAINS = (
+    "gains: the white balance of the shot (rawpy: camera_whitebalance[:3]; where one of them is 0, or a DNG "
+    "without AsShotNeutral has three alike, daylight_whitebalance[:3]), divided by the least."
 )
+_MATRIX_OF = (
+    "matrix: M = (XYZ to camera: rawpy's rgb_xyz_matrix[:3]) x (linear sRGB to XYZ, D65); divide each row by "
+    "its sum; invert. rawpy's color_matrix[:, :3], where it can be inverted, is the result already: of a DNG "
+    "whose first number in it is above 1/8, and of any file whose rgb_xyz_matrix is 0. Identity if both are "
+    "unknown."
+)
+_NOISE_OF = f"""\
+noise: shot and read; {_NOISE}.
+Of a DNG the mean of the planes' pairs in its NoiseProfile (tag 51041), else measured on flat parts;
+facts.noise is only that of ISO 100. read is at least that of rounding to whole numbers,
+1 / (12 (white - the least black)^2).
+To measure: blocks of {noise.BLOCK}x{noise.BLOCK} pixels of one colour, none a 0 of the file or above
+{noise.CLIPPED:g} of the way to white; the mean square of their second differences, (1, -2, 1) across and down
+at once, / 36 is their variance; of up to {noise.BINS} groups of blocks by mean brightness take the quantile
+{noise.SHARE:g} of the variances, divided by what it is of pure noise of variance 1; through these a line of
+least squares of the relative errors, slope shot and intercept read, neither below 0, points above it
+counting {noise.ABOVE:g} of those below."""
 
 
 def _before(net: nn.Module, settings: Export, module: Photograph, balanced: bool) -> str:
     """Return in words how the inputs are made, for those that the file takes."""
+    told, learned = set(module.inputs), net.scaling == "mai21"
+    levels = "Per plane: (value - black) / (white - black), not clipped; the file takes what is above 1."
     steps = [
-        "Take the mosaic as the sensor lies, with red in its first row and column (RGGB) and even numbers of "
-        "rows and columns. Bring another pattern to RGGB by beginning a row or a column earlier, mirrored: "
-        "pixel -1 is pixel 1."
+        "Take the mosaic of all visible pixels, as the sensor lies.",
+        "Divide the values, of 10 bits with nothing subtracted, by 1020." if learned else levels,
+        _around_it(net, bool(module.border)),
+        "Multiply red, green and blue by the gains, and clip at 1." if balanced else "",
+        "Plane k holds every second pixel of every second row: see the order of planes.",
+        _GAINS if "gains" in told or balanced else "",
+        _NOISE_OF if "noise" in told else "",
+        _MATRIX_OF if "matrix" in told else "",
+        "" if {"gains", "matrix"} & told or learned else _fixed(settings, module),
     ]
-    if net.scaling == "mai21":
-        steps.append("Divide the values, of 10 bits with nothing subtracted, by 1020.")
-    else:
-        steps.append("Per plane: (value - black) / (white - black), not clipped below.")
-    if balanced:
-        steps.append("Multiply red and blue by the white balance, whose least gain is 1, and clip at 1.")
-    steps.append("Plane k holds every second pixel of every second row: see the order of planes.")
-    told = set(module.inputs)
-    if "noise" in told:
-        steps.append(f"Noise is what the file states (DNG NoiseProfile), else measured: {_NOISE}.")
-    if not {"gains", "matrix"} & told and net.scaling != "mai21":
-        steps.append(_fixed(settings, module))
-    if not module.border:
-        steps.append(
-            "Beyond the edges the network sees zeros: for a picture right up to them, mirror the mosaic "
-            f"{int(net.halo)} pixels around (without repeating the edge) and cut the photo."  # type: ignore[arg-type]
+    numbered = (f"{number}. {step}" for number, step in enumerate(filter(None, steps), 1))
+    return "\n".join(textwrap.fill(step, 110) for step in numbered)
+
+
+def _around_it(net: nn.Module, mirrors: bool) -> str:
+    """Return in words what is added around a mosaic."""
+    halo, multiple = int(net.halo), int(net.multiple)  # type: ignore[arg-type]
+    more = f" Lengths are multiples of {multiple}: add more at the end." if multiple > 2 else ""
+    words = (
+        f"add mirrored rows and columns (pixel -k is pixel k) on both sides: {halo} (facts.halo, in pixels "
+        f"of the mosaic), and {halo + 1} where the pattern or the evenness needs it; cut them off the photo."
+    )
+    if mirrors:
+        return (
+            "The file takes RGGB, red in the first row and column, and even numbers of rows and columns, and "
+            "mirrors such a mosaic itself. To bring another pattern to RGGB, or an odd number to an even "
+            f"one, {words} One row or column alone makes the outer {halo} pixels wrong.{more}"
         )
-    return " ".join(steps)
+    return (
+        "The file takes RGGB, red in the first row and column, and even numbers of rows and columns. Beyond "
+        "the edges the network sees zeros: for a picture right up to them, and to bring another pattern to "
+        f"RGGB or an odd number to an even one, {words}{more}"
+    )
 
 
 def _fixed(settings: Export, module: Photograph) -> str:
@@ -344,6 +383,43 @@ def _fixed(settings: Export, module: Photograph) -> str:
     return f"Fixed in the file, of {settings.camera.name}: gains {gains}, its colours; {told}."
 
 
+Gain = Annotated[float, Field(gt=0)]
+Variance = Annotated[float, Field(ge=0)]
+Row = tuple[float, float, float]
+
+_TAKEN: Mapping[str, loading.Shape] = {
+    "planes": (1, 4, "height", "width"), "gains": (1, 3), "noise": (1, 2), "matrix": (1, 3, 3)
+}  # fmt: skip
+_WORDS = {"packing", "scaling", "colour", "mirrors", "halo", "multiple", "bytes_per_pixel", "largest"}
+
+
+class Facts(loading.Facts):
+    """What is read of a file's facts; see ``model.Exported``."""
+
+    inputs: tuple[Literal["planes", "gains", "noise", "matrix"], ...]
+    packing: Literal["rggb", "mai21"]
+    scaling: Literal["levels", "mai21"]
+    colour: Literal["camera", "learned"]
+    mirrors: bool
+    halo: int = Field(ge=0, le=4096, multiple_of=2)
+    multiple: int = Field(ge=2, le=4096, multiple_of=2)
+    bytes_per_pixel: int = Field(ge=1)
+    largest: int = Field(ge=1)
+    camera: str | None
+    gains: tuple[Gain, Gain, Gain]
+    noise: tuple[Variance, Variance]
+    matrix: tuple[Row, Row, Row]
+
+    @model_validator(mode="after")
+    def _fits(self) -> Facts:
+        """Refuse what no file of a network is."""
+        if self.inputs[:1] != ("planes",) or len({*self.inputs}) < len(self.inputs):
+            raise ValueError("the inputs are planes, and others once each")
+        if self.halo % self.multiple:
+            raise ValueError(f"a halo of {self.halo} is no multiple of {self.multiple}")
+        return self
+
+
 def ported(loaded: Loaded, settings: Infer) -> model.Exported:
     """Return an exported file as what ``apply`` takes.
 
@@ -352,18 +428,16 @@ def ported(loaded: Loaded, settings: Infer) -> model.Exported:
         settings: Of ``infer``; nothing of them matters here.
 
     Raises:
-        ImgtoolError: The file does not say what it holds.
+        ImgtoolError: The file does not say what it holds, or what cannot be, or holds something else.
     """
-    try:
-        facts = loaded.about["facts"]
-        camera = Camera(tuple(facts["gains"]), tuple(facts["noise"]), np.array(facts["matrix"]))
-        words: dict[str, Any] = {name: facts[name] for name in ("packing", "scaling", "colour", "mirrors")}
-        numbers: dict[str, Any] = {
-            name: int(facts[name]) for name in ("halo", "multiple", "bytes_per_pixel", "largest")
-        }
-        inputs, fixed = tuple(facts["inputs"]), facts["camera"] is not None
-    except (KeyError, TypeError, ValueError):
-        raise ImgtoolError(f"{loaded.path} does not say how it is run", "export the network again") from None
-    height, width = loaded.inputs[0].shape[2:]
-    size = (2 * height, 2 * width) if height and width else None
-    return model.Exported(loaded, inputs, camera, fixed, size, **words, **numbers)
+    facts = loading.facts(loaded.path, loaded.about, Facts)
+    run = loading.checked(loaded, [_TAKEN[name] for name in facts.inputs], [(1, 3, "2*height", "2*width")])
+    planes = pictures.fixed_size(loaded)
+    return model.Exported(
+        run=run,
+        inputs=facts.inputs,
+        camera=Camera(facts.gains, facts.noise, np.array(facts.matrix)),
+        fixed=facts.camera is not None,
+        size=planes and (2 * planes[0], 2 * planes[1]),
+        **facts.model_dump(include=_WORDS),
+    )

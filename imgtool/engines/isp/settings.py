@@ -67,18 +67,21 @@ class Noise(Settings):
 class Levels(Settings):
     """What mosaics without a header hold; camera RAW files say it themselves."""
 
-    size: str = setting("", "Headerless .raw: WIDTHxHEIGHT, as 1920x1080.", panel=FILES)
+    size: str = setting("", "Headerless .raw: WIDTHxHEIGHT, as 1920x1080.", panel=FILES, served=True)
     pattern: Pattern = setting(
-        "RGGB", "PNG and headerless mosaics: colours of the first 2x2 pixels.", panel=FILES
+        "RGGB", "PNG and headerless mosaics: colours of the first 2x2 pixels.", panel=FILES, served=True
     )
     bits: int = setting(
         0, "PNG and headerless mosaics: bits of a pixel; 0 takes those of the largest value.",
-        panel=FILES, ge=0, le=16,
+        panel=FILES, ge=0, le=16, served=True,
     )  # fmt: skip
     black: str = setting(
-        "", "Their black level, or four, of the pattern's places row by row, as 58,60,61,62.", panel=FILES
+        "",
+        "Their black level, or four, of the pattern's places row by row, as 58,60,61,62.",
+        panel=FILES,
+        served=True,
     )
-    white: float = setting(-1.0, "Their white level; -1 is 2^bits - 1.", panel=FILES, ge=-1)
+    white: float = setting(-1.0, "Their white level; -1 is 2^bits - 1.", panel=FILES, ge=-1, served=True)
 
 
 class Train(Model, Noise, common.Train):
@@ -134,32 +137,43 @@ class Infer(Levels, common.Infer):
         argument=True, min_length=1,
     )  # fmt: skip
     format: Literal["", "jpg", "png", "tif", "webp"] = setting(
-        "", "File type of the output [default: that of -o, else jpg; png with --depth 16].", panel=FILES
+        "",
+        "File type of the output [default: that of -o, else jpg; png with --depth 16].",
+        panel=FILES,
+        served=True,
     )
     depth: Literal["auto", "8", "16"] = setting(
-        "auto", "Bits of a colour in the output; auto is 16 for TIFF and 8 for others.", panel=FILES
+        "auto",
+        "Bits of a colour in the output; auto is 16 for TIFF and 8 for others.",
+        panel=FILES,
+        served=True,
     )
     compare: Literal["", "libraw"] = setting(  # type: ignore[assignment]
         "", "Also write a sheet beside another rendering, <output>-compare.png: libraw.", panel=FILES
     )
     area: Literal["camera", "visible"] = setting(
-        "camera", "What is developed: the camera's crop, or every pixel that sees light.", panel=FILES
+        "camera",
+        "What is developed: the camera's crop, or every pixel that sees light.",
+        panel=FILES,
+        served=True,
     )
-    flip: bool = setting(True, "Turn the photo upright, as the camera says.", panel=FILES)
+    flip: bool = setting(True, "Turn the photo upright, as the camera says.", panel=FILES, served=True)
     wb: str = setting(
         "camera",
         "White balance: camera, daylight, auto (of the awb engine), or gains R,G,B.",
         panel=NETWORK,
+        served=True,
     )
-    ev: float = setting(0.0, "Exposure compensation in stops.", panel=NETWORK, ge=-8, le=8)
+    ev: float = setting(0.0, "Exposure compensation in stops.", panel=NETWORK, ge=-8, le=8, served=True)
     noise: str = setting(
         "auto",
         "Noise of the frame: auto (what the file says, else measured in it), or SHOT,READ variances at "
         "white = 1.",
         panel=NETWORK,
+        served=True,
     )
     demosaic: Literal["net", "malvar", "linear"] = setting(
-        "net", "net, or the fixed front end alone with a classical demosaicing.", panel=NETWORK
+        "net", "net, or the fixed front end alone with a classical demosaicing.", panel=NETWORK, served=True
     )
     tile: int | None = setting(
         None,

@@ -109,11 +109,6 @@ def displaced(points: Tensor, candidates: Tensor) -> Tensor:
     return torch.stack([across - both * x - p2 * square, down - both * y - p1 * square], -1)
 
 
-def straightened(points: Tensor, candidates: Tensor) -> Tensor:
-    """Return where points lie in the straight picture of each candidate; see ``displaced``."""
-    return points[:, None] + displaced(points, candidates)
-
-
 def bends(given: Evidence, candidates: Tensor) -> Tensor:
     """Return what is left of every edge's bend: ``(B, K, N, 2)``, quadratic and cubic part.
 

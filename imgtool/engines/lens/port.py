@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from imgtool import images
+from imgtool import images, loading, pictures
 from imgtool.engine import Axis, Loss, Port, Slot
-from imgtool.engines.lens import data, lines, network, plumb, posterior, prior
+from imgtool.engines.lens import data, estimate, lines, network, plumb, posterior, prior
+from imgtool.engines.lens.settings import RISK
 from imgtool.errors import ImgtoolError
 
 if TYPE_CHECKING:
@@ -82,6 +84,12 @@ def port(net: nn.Module, settings: Export) -> Port:
     return _of_pictures(net)
 
 
+class Facts(loading.Facts):
+    """What is read of a file's facts."""
+
+    arch: Literal["lines", "efficientnet-b0"]
+
+
 def ported(loaded: Loaded, settings: Infer) -> plumb.Exported | network.Exported:
     """Return an exported file as what ``apply`` takes.
 
@@ -90,16 +98,21 @@ def ported(loaded: Loaded, settings: Infer) -> plumb.Exported | network.Exported
         settings: Of ``infer``; nothing of them matters here.
 
     Raises:
-        ImgtoolError: The file does not say what it holds.
+        ImgtoolError: The file does not say what it holds, or holds something else.
     """
-    facts = loaded.about.get("facts")
-    arch = facts.get("arch") if isinstance(facts, Mapping) else None
-    if arch == "lines" and len(loaded.inputs) == 4:
-        return plumb.Exported(loaded, loaded.inputs[0].shape[1], loaded.inputs[3].shape[1])
-    edge = loaded.inputs[0].shape[-1]
-    if arch == "efficientnet-b0" and edge:
-        return network.Exported(loaded, edge)
-    raise ImgtoolError(f"{loaded.path} does not say how it is run", "export the network again")
+    if loading.facts(loaded.path, loaded.about, Facts).arch == "lines":
+        run = loading.checked(loaded, _EDGES, [(1, "candidates")])
+        return plumb.Exported(run, loaded.inputs[0].shape[1], loaded.inputs[3].shape[1])
+    run = loading.checked(loaded, [(1, 3, "edge", "edge"), (1, 2)], [(1, 4), (1, 4)])
+    size = pictures.fixed_size(loaded)
+    if size is None or size[0] != size[1] or not size[0]:
+        raise ImgtoolError(f"{loaded.path} takes no squares of one size", loading.AGAIN)
+    return network.Exported(run, size[0])
+
+
+_EDGES: Sequence[loading.Shape] = (
+    (1, "edges", lines.POINTS, 2), (1, "edges", 4), (1,), (1, "candidates", 4)
+)  # fmt: skip
 
 
 # --- edges -----------------------------------------------------------------------------------------
@@ -116,9 +129,9 @@ def _of_lines(net: plumb.LinesNet) -> Port:
             ),
             Slot(
                 "facts", (1, "edges", 4), 0.0, 1000.0,
-                "Of each edge: its pixels, their rms distance from its cubic in pixels, the contrast "
-                "across it as a share of the range of grey, the share of its length that is gaps; 0 where "
-                "there is none.",
+                "Of each edge: its pixels, their rms distance from its cubic in pixels, the gradient across "
+                "it as a share of the range of grey, the share of its length that is gaps; 0 where there is "
+                "none.",
             ),
             Slot("half_diagonal", (1,), 0.0, 1000.0, "Half of the diagonal, in pixels, of what was traced."),
             Slot("candidates", (1, "candidates", 4), -0.5, 0.5, "k1, k2, p1, p2 to be judged."),
@@ -187,19 +200,15 @@ def _of_pictures(net: network.ImageEstimator) -> Port:
         ),
         axes={"batch": Axis(1)},
         before=(
-            f"Shrink or enlarge the photo, its aspect kept, until its longer side has {edge} pixels "
-            f"(averaging areas where it shrinks), and put it in the middle of a square of {edge} x {edge} "
-            f"whose rest is grey, {data.PADDING}. Divide by 255."
+            f"Shrink or enlarge the photo, its aspect kept, until its longer side has {edge} pixels, sizes "
+            "rounded (averaging areas where it shrinks, else linear), and put it in the middle of a square "
+            f"of {edge} x {edge} whose rest is grey, {data.PADDING}. Divide by 255."
         ),
-        after=(
-            f"The coefficients never fold a photo. {_MODEL}. {_WARP} imgtool leaves a photo alone where, "
-            "over 1,024 normal draws about the coefficients, the displacement field of the estimate does "
-            "not take away a fifth of the expected error, or too often makes it worse."
-        ),
+        after=_DRAWN,
         real=lambda path, sizes: _picture(path, sizes, edge),
         made=lambda kind, sizes, rng: _made_picture(kind, sizes, rng, edge),
         facts={"arch": "efficientnet-b0"},
-        loss=Loss("corner", "% of the diagonal", _corner, 0.1, higher_is_better=False),
+        loss=Loss("corner", "% of the diagonal", _corner, 0.1, higher_is_better=False, worst=0.3),
     )  # fmt: skip
 
 
@@ -217,46 +226,100 @@ def _picture(path: Path, sizes: Mapping[str, int], edge: int) -> tuple[Floats, .
 
 
 def _made_picture(kind: str, sizes: Mapping[str, int], rng: Any, edge: int) -> tuple[Floats, ...]:
-    shape = (sizes["batch"], 3, edge, edge)
-    if kind == "noise":
-        image = rng.random(shape, np.float32)
-    elif kind == "flat":
-        image = np.broadcast_to(rng.random((len(rng.random(shape[0])), 1, 1, 1)), shape)
-    else:
-        image = rng.integers(0, 2, shape)
+    (image,) = pictures.made(kind, {**sizes, "height": edge, "width": edge}, rng)
     frame = np.tile([1.0, 0.75], (sizes["batch"], 1))
-    return np.ascontiguousarray(image, np.float32), frame.astype(np.float32)
+    return image, frame.astype(np.float32)
 
 
 # --- words -----------------------------------------------------------------------------------------
 
-_TRACED = (
-    f"Shrink the photo by averaging until its longer side has at most {lines.LONGEST_SIDE} pixels; 8-bit "
-    "grey. Blur it (Gaussian, sigma 1) and trace edges by EdgeDrawing (OpenCV's ximgproc: gradient "
-    f"threshold 14, anchor threshold 0) of at least max({lines.FRAGMENT} diagonals, 12 pixels). Place every "
-    "edge pixel along its gradient (Sobel / 8) at the peak of the parabola through the gradient's size one "
-    "pixel before, at and behind it, at most 0.75 pixels away. Cut where the direction over 7 pixels "
-    "(places averaged over 5) turns by more than 24 degrees within 7. Fit each piece's offset from its "
-    "chord by a cubic, again without pixels farther off than max(2.5 rms, 0.2 pixels); where rms exceeds "
-    f"{lines.ROUGHEST} pixels or the sagitta {lines.MOST_BENT} of the length, cut at the farthest pixel, at "
-    "most five times over. Leave out what stays within 0.012 diagonals of one side of the frame. Join "
-    "pieces that go on one another (gap at most 0.6 of both lengths and 2.5 of the shorter, sideways at "
-    "most 2 pixels + 0.12 of the gap) where one cubic fits both: rms at most 1.15 of theirs + 0.05. Keep "
-    f"those of at least {lines.SHORTEST} diagonals, the {lines.MOST} longest. Points are {lines.POINTS} of "
-    "the cubic, evenly along the chord, both ends included, normalised as the model below; facts are of "
-    "all pixels. Where the file's number of edges is fixed, fill up with 0 or leave out the shortest. "
-    "Candidates are any k1, k2, p1, p2; as many as are wanted, in runs of the file's number."
-)
-_JUDGED = (
-    f"Bayes' rule: posterior ~ exp(log_likelihood) x prior. Prior: with probability {posterior.STRAIGHT:g} "
-    "all are 0; else k1 is 0.003 + a Student t of 2.2 degrees (scale 0.0375 below, 0.0285 above) and k2 is "
-    "0.001 - 0.43 k1 + t of 2.4 degrees (0.0125, 0.0115) with weight 0.85, and -0.30 + t of 8 degrees "
-    "(0.085) and -0.045 - 0.44 k1 + t of 5 degrees (0.025) with weight 0.15; p1 and p2 are normal, "
-    f"standard deviation {posterior.DECENTRED:g}; nothing that folds. Draw candidates from it, weigh them "
-    f"by exp(log_likelihood) and draw again around the heavy ones (importance sampling, {posterior.FIRST} "
-    f"and then {posterior.ROUND} at a time) until the weights rest on enough of them. The estimate is the "
-    "point of least expected displacement, the weighted geometric median over the picture's displacement "
-    f"fields without their similarity; the weighted mean comes close. {_MODEL}. {_WARP} Leave the photo "
-    "alone where the estimate does not take away a fifth of the expected displacement, or with more than 3 "
-    "% probability makes it worse."
-)
+_ENDS = 2 * lines.TURN_SPAN
+_TRACED = f"""\
+1. Shrink the photo by averaging areas (OpenCV's INTER_AREA) until its longer side has at most
+{lines.LONGEST_SIDE} pixels, sizes rounded; 8-bit grey by BT.601 (OpenCV's COLOR_RGB2GRAY). D is the diagonal
+in its pixels; half_diagonal is D / 2; least = max({lines.FRAGMENT} D, 12) pixels.
+2. Trace edges in the 8-bit grey blurred (Gaussian, sigma 1) by EdgeDrawing (OpenCV's ximgproc): gradient
+threshold 14, anchor threshold 0, its own blur off (Sigma 0), MinPathLength the whole part of least, all else
+its defaults. Keep those of at least least pixels and of {_ENDS} or more.
+3. Take gradients (Sobel / 8) from the grey blurred likewise in floating point. Every edge pixel moves along
+its gradient to the peak of the parabola through the gradient's size one pixel before, at and behind it
+(linear between pixels), at most 0.75 pixels away; where the parabola has no peak, the pixel stays.
+4. Average places over 5 (the ends repeated). Cut at every pixel where the direction from {lines.TURN_SPAN}
+pixels before to it and that from it to {lines.TURN_SPAN} behind differ by more than
+{math.degrees(lines.SHARPEST_TURN):g} degrees; keep runs of at least least pixels.
+5. Fit a run: the chord has the direction from the mean of its first tenth of pixels to that of its last tenth
+(the whole part, at least 1); a cubic over the place along the chord follows the offset across it, again
+without pixels farther off than max(2.5 rms, 0.2 pixels). Drop a run where fewer than 8 pixels stay, or that
+turns back on itself: its extent along the chord is below 0.76 of its path, through every (n // 16)-th of its
+n pixels. Points are {lines.POINTS} of the cubic, evenly along the chord, both ends included. rms is that of
+all pixels from the cubic; the length is that from the first point to the last; the sagitta is the points'
+largest distance from the line between those.
+6. Where rms exceeds {lines.ROUGHEST} pixels or the sagitta {lines.MOST_BENT} of the length, cut: if rms is
+too large at the pixel farthest from the cubic among the middle two thirds, else in the middle. Fit both parts
+again, at most five times over and only runs of 2 least pixels or more; drop what then does not fit, and
+pieces shorter than least.
+7. Leave out a piece all of whose points are nearer than 0.012 D to one side of the frame.
+8. Join pieces, beginning with the longest: of those that may go on it at either end the nearest 4 are tried
+until one fits, and so on until none fits. One may go on it where the gap between the ends is below 0.6 of the
+sum of both lengths and 2.5 of the shorter, it begins at most 2 pixels behind the end (along the line through
+the last two points), sideways less than 2 pixels + 0.12 of the way ahead, and more than 0.97 of its length
+runs the same way. It fits where one cubic over all pixels, in their order along the first one's chord, has an
+rms of at most 1.15 of both own ones' (the root of the mean of their squares by pixels) + 0.05, and of
+{lines.ROUGHEST} pixels, and a sagitta of at most {lines.MOST_BENT} of the length.
+9. Keep pieces of at least {lines.SHORTEST} D, the {lines.MOST} longest. points are normalised as the model
+below. facts: the number of pixels; rms; the gradient's size at the edge pixels as traced / 255, of a piece
+the median, after joining the mean by pixels; the sum of the gaps over the length, at most 1.
+10. Where the file's number of edges is fixed, fill up with 0 or leave out the shortest. Candidates are any
+k1, k2, p1, p2; as many as are wanted, in runs of the file's number."""
+
+
+def _student(part: prior.Student) -> str:
+    return f"t({part.freedom:g}; {part.below:g}, {part.above:g})"
+
+
+def _kind(share: float, part: prior.Lenses) -> str:
+    limits = [f"{low:g}..{high:g}" for low, high in zip(part.lowest, part.highest, strict=True)]
+    return (
+        f"with weight {share:g} k1 = {part.k1.mode:g} + {_student(part.k1)},\nk2 = "
+        f"{part.offset + part.rest.mode:g} - {-part.slope:g} k1 + {_student(part.rest)} (drawn within "
+        f"{limits[0]} and {limits[1]})"
+    )
+
+
+_KINDS = ";\n".join(_kind(*part) for part in prior.PARTS["mixed"])
+_DECIDED = f"""\
+Displacements are those of the model at 24 x 16 places over the middle 96 % of the frame, without the
+similarity (the complex multiple of x + i y plus a constant) that is nearest by least squares; they are linear
+in the coefficients. An error is the mean length of the difference of two, in % of the diagonal. The estimate
+is the point of least expected error (the weighted geometric median by Weiszfeld's steps from the mean), or
+the largest share of it that does not fold. Leave the photo alone where the error of doing nothing would be
+below {estimate.SMALLEST:g} % if the estimate were true; where the estimate does not take away at least
+{100 * estimate.LEAST:g} % of the expected error of doing nothing; or where it makes the photo worse by more
+than {posterior.HARM:g} % of the diagonal with a probability above {100 * RISK:g} %,
+{100 * RISK * estimate.BOLDER:g} % where it takes away at least {100 * estimate.SURE:g} % of the expected
+error."""
+
+_JUDGED = f"""\
+1. Bayes' rule: posterior ~ exp(log_likelihood) x prior. t(f; a, b) is Student's t of f degrees of freedom,
+times a below 0 and times b above; a side is drawn with probability a / (a + b) or b / (a + b), so that the
+density is continuous. Prior: with probability {posterior.STRAIGHT:g} all are 0; else
+{_KINDS};
+p1 and p2 are normal, standard deviation {posterior.DECENTRED:g}. Nothing folds: the density is 0 where
+1 + 3 k1 r^2 + 5 k2 r^4 is below 0.1 anywhere in r <= 1.
+2. Sample by importance: {posterior.FIRST} draws from the prior without the photos that are not distorted;
+then, {posterior.ROUND} at a time, draws from 40 equal normal kernels about samples
+redrawn by their weights exp(s log_likelihood) x prior / mixture, their covariance 0.36 of the weighted
+samples' + (1e-4, 1e-4, 3e-5, 3e-5)^2. The mixture is that of the prior and all kernels so far, by numbers of
+draws; s is the largest power up to 1 that leaves {posterior.EFFECTIVE:g} effective samples (1 / the sum of
+squared shares). Stop after {posterior.AT_FULL} rounds at s = 1, or {posterior.ROUNDS}. In the end s is 1, the
+mean of the weights times {1 - posterior.STRAIGHT:g} stands for distorted photos, and exp(log_likelihood of 0)
+times {posterior.STRAIGHT:g} for the others.
+3. {_DECIDED} Without edges nothing is known.
+4. {_MODEL}. {_WARP}"""
+
+_DRAWN = f"""\
+1. The coefficients never fold a photo. Draw 1,024 times about them, normally: the first standard deviation,
+c, moves k1 by {(16 * network.SHARE - 1) / 3:g} c and k2 by {1 - (16 * network.SHARE - 1) / 3:g} c, the
+second, h, k1 by 16/3 h and k2 by -16/3 h; the others move p1 and p2.
+2. {_DECIDED} Expected is the mean over the draws.
+3. {_MODEL}. {_WARP}"""

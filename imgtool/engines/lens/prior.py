@@ -10,6 +10,7 @@ Coefficients are in the half-diagonal normalisation.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,8 +27,17 @@ STRONG = 0.15
 
 
 @dataclass(frozen=True)
-class _Student:
-    """A Student t with one scale below its mode and another above (Fernandez and Steel, 1998)."""
+class Student:
+    """A Student t with one scale below its mode and another above (Fernandez and Steel, 1998).
+
+    A side is drawn with a probability in proportion to its scale, so that the density has no step.
+
+    Attributes:
+        freedom: Degrees of freedom.
+        mode: Where the density is largest.
+        below: Scale below the mode.
+        above: Scale above it.
+    """
 
     freedom: float
     mode: float
@@ -51,45 +61,61 @@ class _Student:
 
 
 @dataclass(frozen=True)
-class _Lenses:
-    """One kind of lenses: k1, then k2 = offset + slope k1 + rest, both within what was measured."""
+class Lenses:
+    """One kind of lenses: k1, then k2 = offset + slope k1 + rest, both within what was measured.
 
-    k1: _Student
+    Attributes:
+        k1: Its distribution.
+        offset: Of the line of k2 over k1.
+        slope: Of that line.
+        rest: Distribution of what k2 is beyond the line.
+        lowest: Least k1 and k2 that are drawn; the density goes on.
+        highest: The largest ones.
+    """
+
+    k1: Student
     offset: float
     slope: float
-    rest: _Student
+    rest: Student
     lowest: tuple[float, float]
     highest: tuple[float, float]
 
     def draw(self, rng: np.random.Generator, count: int) -> Floats:
+        """Draw ``(count, 2)`` k1 and k2, also beyond what was measured."""
         k1 = self.k1.draw(rng, count)
         return np.stack([k1, self.offset + self.slope * k1 + self.rest.draw(rng, count)], 1)
 
     def within(self, drawn: Floats) -> npt.NDArray[np.bool_]:
+        """Tell which ``(N, 2)`` k1 and k2 lie within what was measured."""
         return np.asarray(((drawn > self.lowest) & (drawn < self.highest)).all(1))
 
     def log_density(self, k1: Floats, k2: Floats) -> Floats:
+        """Return the logarithm of the density at k1 and k2 of the same shape."""
         rest = k2 - self.offset - self.slope * k1
         return self.k1.log_density(k1) + self.rest.log_density(rest)
 
 
-_PHOTO = _Lenses(
-    _Student(2.2, 0.003, 0.0375, 0.0285), 0.001, -0.43, _Student(2.4, 0.0, 0.0125, 0.0115),
+PHOTO = Lenses(
+    Student(2.2, 0.003, 0.0375, 0.0285), 0.001, -0.43, Student(2.4, 0.0, 0.0125, 0.0115),
     (-0.30, -0.15), (0.20, 0.18),
 )  # fmt: skip
-_WIDE = _Lenses(
-    _Student(8.0, -0.034, 0.066, 0.031), 0.0, -0.335, _Student(3.4, 0.0, 0.0145, 0.0165),
+"""Lenses of cameras."""
+WIDE = Lenses(
+    Student(8.0, -0.034, 0.066, 0.031), 0.0, -0.335, Student(3.4, 0.0, 0.0145, 0.0165),
     (-0.30, -0.15), (0.15, 0.25),
 )  # fmt: skip
-_ACTION = _Lenses(
-    _Student(8.0, -0.30, 0.085, 0.085), -0.045, -0.44, _Student(5.0, 0.0, 0.025, 0.025),
+"""Those below 35 mm."""
+ACTION = Lenses(
+    Student(8.0, -0.30, 0.085, 0.085), -0.045, -0.44, Student(5.0, 0.0, 0.025, 0.025),
     (-0.50, -0.05), (-0.12, 0.28),
 )  # fmt: skip
-_PARTS: dict[Kind, list[tuple[float, _Lenses]]] = {
-    "photo": [(1.0, _PHOTO)],
-    "mixed": [(1 - STRONG, _PHOTO), (STRONG, _ACTION)],
-    "wide": [(1.0, _WIDE)],
+"""Action and machine cameras."""
+PARTS: Mapping[Kind, Sequence[tuple[float, Lenses]]] = {
+    "photo": [(1.0, PHOTO)],
+    "mixed": [(1 - STRONG, PHOTO), (STRONG, ACTION)],
+    "wide": [(1.0, WIDE)],
 }
+"""Kind of a prior to the share and the kind of its lenses."""
 LEAST_SLOPE = 0.2
 """Least slope of the radius anywhere in a photo: no lens squeezes its corners more than 5 times."""
 _RADII = np.linspace(0, 2.5, 101)
@@ -110,7 +136,7 @@ def _possible(drawn: Floats) -> npt.NDArray[np.bool_]:
     return np.asarray((rising | ~inside).all(1) & (np.where(rising, reached, 0).max(1) >= 1.01))
 
 
-def _some(lenses: _Lenses, rng: np.random.Generator, count: int, decentred: float) -> Floats:
+def _some(lenses: Lenses, rng: np.random.Generator, count: int, decentred: float) -> Floats:
     found = np.empty((0, 4))
     while len(found) < count:
         missing = count - len(found)
@@ -133,7 +159,7 @@ def draws(rng: np.random.Generator, kind: Kind, decentred: float, count: int) ->
     Returns:
         ``(count, 4)``: k1, k2, p1, p2. None folds, and all reach the corners of the photo.
     """
-    parts = _PARTS[kind]
+    parts = PARTS[kind]
     chosen = rng.choice(len(parts), count, p=[share for share, _ in parts])
     out = np.empty((count, 4))
     for number, (_, lenses) in enumerate(parts):
@@ -160,5 +186,5 @@ def log_density(k1: npt.ArrayLike, k2: npt.ArrayLike, kind: Kind) -> Floats:
         kind: As for ``draws``.
     """
     first, second = np.asarray(k1, np.float64), np.asarray(k2, np.float64)
-    parts = [math.log(share) + lenses.log_density(first, second) for share, lenses in _PARTS[kind]]
+    parts = [math.log(share) + lenses.log_density(first, second) for share, lenses in PARTS[kind]]
     return np.asarray(np.logaddexp.reduce(parts, axis=0))

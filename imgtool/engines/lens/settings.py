@@ -94,12 +94,13 @@ class Infer(common.Infer):
         "auto: the lens profile where there is one, else the network; net; lines (edges with fixed weights); "
         "profile (lensfun, needs imgtool[lensfun]); none.",
         panel="Network",
+        served=True,
     )
     risk: float = setting(
         RISK,
         "Largest probability of doing harm with which a photo is still changed, six times that where much is "
         "won; 1 corrects whatever is found.",
-        panel="Network", ge=0, le=1,
+        panel="Network", ge=0, le=1, served=True,
     )  # fmt: skip
     group: Literal["none", "exif", "folder"] = setting(
         "none",
@@ -116,18 +117,22 @@ class Infer(common.Infer):
         "half-diagonal",
         "What k1,k2,p1,p2 of --coeffs are relative to: half of the diagonal, or width and height (original).",
         panel="Network",
+        served=True,
     )
-    strength: float = setting(1.0, "Share of the correction that is applied.", panel="Network", ge=0, le=1)
+    strength: float = setting(
+        1.0, "Share of the correction that is applied.", panel="Network", ge=0, le=1, served=True
+    )
     crop: Literal["fill", "keep", "same"] = setting(
         "fill",
         "fill: zoom until no border shows; keep: zoom until nothing is lost; same: do not zoom.",
         panel="Output",
+        served=True,
     )
     border: Literal["black", "replicate", "reflect", "transparent"] = setting(
-        "black", "What is shown where the photo has nothing.", panel="Output"
+        "black", "What is shown where the photo has nothing.", panel="Output", served=True
     )
     interpolation: Literal["linear", "cubic", "lanczos"] = setting(
-        "cubic", "How pixels are interpolated.", panel="Output"
+        "cubic", "How pixels are interpolated.", panel="Output", served=True
     )
     export: str = setting(
         "",

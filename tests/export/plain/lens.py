@@ -22,20 +22,23 @@ ALONG = np.linspace(-1, 1, 12)
 
 
 def fit(pixels):
-    """A cubic over the chord: its 12 points, the rms of all pixels, their offsets."""
+    """A cubic over the chord: its 12 points, the rms of all pixels, their offsets; None where none fits."""
     tenth = max(len(pixels) // 10, 1)
     way = pixels[-tenth:].mean(0) - pixels[:tenth].mean(0)
     way /= np.hypot(*way)
     across, middle = np.array([-way[1], way[0]]), pixels.mean(0)
     t, v = (pixels - middle) @ way, (pixels - middle) @ across
     low, high = t.min(), t.max()
+    if high - low < 0.76 * np.hypot(*np.diff(pixels[:: max(len(pixels) // 16, 1)], axis=0).T).sum():
+        return None
     powers = np.vander((2 * t - low - high) / (high - low), 4)
     factors = np.linalg.lstsq(powers, v)[0]
     off = v - powers @ factors
     kept = abs(off) <= max(2.5 * math.sqrt((off**2).mean()), 0.2)
-    if kept.sum() >= 8:
-        factors = np.linalg.lstsq(powers[kept], v[kept])[0]
-        off = v - powers @ factors
+    if kept.sum() < 8:
+        return None
+    factors = np.linalg.lstsq(powers[kept], v[kept])[0]
+    off = v - powers @ factors
     places = (ALONG * (high - low) + low + high) / 2
     curve = middle + places[:, None] * way + (np.vander(ALONG, 4) @ factors)[:, None] * across
     return curve, math.sqrt((off**2).mean()), off
@@ -54,7 +57,10 @@ def bent(curve):
 
 def smooth(pixels, contrast, depth=0):
     """Pieces (pixels, curve, rms, contrast, gap) that a cubic follows."""
-    curve, rms, off = fit(pixels)
+    fitted = fit(pixels)
+    if fitted is None:
+        return []
+    curve, rms, off = fitted
     if rms <= 0.7 and bent(curve) <= 0.16:
         return [(pixels, curve, rms, float(np.median(contrast)), 0.0)] if length_of(curve) >= least else []
     if depth == 5 or len(pixels) < 2 * least:
@@ -114,7 +120,10 @@ def join(first, second, gap):
     """Two pieces as one, or None."""
     pixels = np.concatenate([first[0], second[0]])
     pixels = pixels[np.argsort(pixels @ (first[1][-1] - first[1][0]))]
-    curve, rms, _ = fit(pixels)
+    fitted = fit(pixels)
+    if fitted is None:
+        return None
+    curve, rms, _ = fitted
     shares = np.array([len(first[0]), len(second[0])]) / len(pixels)
     if (
         rms > 1.15 * math.sqrt(shares @ [first[2] ** 2, second[2] ** 2]) + 0.05
@@ -174,9 +183,9 @@ def edges():
 
 # The prior and Bayes' rule.
 
-PARTS = (  # weight; k1: freedom, middle, scale below, above; k2: offset, slope, freedom, scale below, above
-    (0.85, (2.2, 0.003, 0.0375, 0.0285), (0.001, -0.43), (2.4, 0.0, 0.0125, 0.0115)),
-    (0.15, (8.0, -0.30, 0.085, 0.085), (-0.045, -0.44), (5.0, 0.0, 0.025, 0.025)),
+PARTS = (  # weight; k1: freedom, mode, scale below, above; k2: offset, slope; the same of its rest; limits
+    (0.85, (2.2, 0.003, 0.0375, 0.0285), (0.001, -0.43), (2.4, 0, 0.0125, 0.0115), (-0.3, 0.2, -0.15, 0.18)),
+    (0.15, (8, -0.3, 0.085, 0.085), (-0.045, -0.44), (5, 0, 0.025, 0.025), (-0.5, -0.12, -0.05, 0.28)),
 )
 TANGENTIAL = 0.002
 rng = np.random.default_rng(0)
@@ -200,24 +209,30 @@ def log_prior(points):
     k1, k2 = points[:, 0], points[:, 1]
     each = [
         math.log(weight) + log_t(k1, *first) + log_t(k2 - offset - slope * k1, *second)
-        for weight, first, (offset, slope), second in PARTS
+        for weight, first, (offset, slope), second, _ in PARTS
     ]
     normal = -0.5 * (points[:, 2:] ** 2).sum(1) / TANGENTIAL**2 - 2 * math.log(
         TANGENTIAL * math.sqrt(2 * math.pi)
     )
+    return np.where(folds(k1, k2), -1e6, np.logaddexp(*each) + normal)
+
+
+def folds(k1, k2):
+    """Whether the radius turns back."""
     r2 = np.linspace(0, 1, 12)[:, None]
-    folds = (1 + 3 * k1 * r2 + 5 * k2 * r2**2).min(0) < 0.1
-    return np.where(folds, -1e6, np.logaddexp(*each) + normal)
+    return (1 + 3 * k1 * r2 + 5 * k2 * r2**2).min(0) < 0.1
 
 
 def from_prior(count):
     """Draws of distorted photos."""
     parts = []
-    for weight, first, (offset, slope), second in PARTS:
+    for weight, first, (offset, slope), second, (least_k1, most_k1, least_k2, most_k2) in PARTS:
         number = round(weight * count)
-        k1 = drawn(*first, number)
-        k2 = offset + slope * k1 + drawn(*second, number)
-        parts.append(np.stack([k1, k2, *rng.normal(0, TANGENTIAL, (2, number))], 1))
+        k1 = drawn(*first, 4 * number)
+        k2 = offset + slope * k1 + drawn(*second, 4 * number)
+        kept = (k1 > least_k1) & (k1 < most_k1) & (k2 > least_k2) & (k2 < most_k2) & ~folds(k1, k2)
+        k1, k2 = k1[kept][:number], k2[kept][:number]
+        parts.append(np.stack([k1, k2, *rng.normal(0, TANGENTIAL, (2, len(k1)))], 1))
     return np.concatenate(parts)
 
 
@@ -235,26 +250,36 @@ def shares_of(logs):
     return shares, 1 / (shares**2).sum()
 
 
+def tempered(like, base):
+    """The largest power of the likelihood, up to 1, that leaves 40 effective samples."""
+    if shares_of(like + base)[1] >= 40:
+        return 1.0
+    low, high = 0.0, 1.0
+    for _ in range(20):
+        middle = (low + high) / 2
+        low, high = (middle, high) if shares_of(middle * like + base)[1] >= 40 else (low, middle)
+    return low
+
+
 def posterior(likelihood):
     """Weighted draws of the posterior; the last is the photo that is not distorted."""
     points = from_prior(640)
     like, kernels, full = likelihood(points), [], 0
-    for _ in range(14):
-        counts = np.array([640] + [320] * len(kernels)) / len(points)
-        proposed = [log_prior(points), *(log_kernels(points, *one) for one in kernels)]
-        base = log_prior(points) - np.logaddexp.reduce(
-            [a + b for a, b in zip(np.log(counts), proposed, strict=True)]
-        )
-        if full == 3:
-            break
-        power = next((p for p in 0.8 ** np.arange(40) if shares_of(p * like + base)[1] >= 40), 0.0)
+    base = np.zeros(len(points))
+    while full < 2 and len(kernels) < 12:
+        power = tempered(like, base)
         full += power == 1
         shares, _ = shares_of(power * like + base)
-        spread = np.cov(points.T, aweights=shares)
-        root = np.linalg.cholesky(0.36 * spread + np.diag([1e-8, 1e-8, 1e-9, 1e-9]))
+        root = np.linalg.cholesky(
+            0.36 * np.cov(points.T, aweights=shares, ddof=0) + np.diag([1e-4, 1e-4, 3e-5, 3e-5]) ** 2
+        )
         kernels.append((points[rng.choice(len(points), 40, p=shares)], root))
         new = kernels[-1][0][rng.integers(40, size=320)] + rng.standard_normal((320, 4)) @ root.T
         points, like = np.concatenate([points, new]), np.concatenate([like, likelihood(new)])
+        counts = np.array([640] + [320] * len(kernels)) / len(points)
+        proposed = [log_prior(points), *(log_kernels(points, *one) for one in kernels)]
+        mixture = [part + share for part, share in zip(proposed, np.log(counts), strict=True)]
+        base = proposed[0] - np.logaddexp.reduce(mixture)
     logs = like + base - math.log(len(points)) + math.log(0.8)
     none = likelihood(np.zeros((2, 4)))[:1] + math.log(0.2)
     return np.concatenate([points, np.zeros((1, 4))]), shares_of(np.concatenate([logs, none]))[0]
@@ -262,9 +287,9 @@ def posterior(likelihood):
 
 def fields():
     """Displacements by unit k1, k2, p1, p2 all over the picture, as complex numbers, without similarities."""
-    x, y = np.meshgrid(
-        np.linspace(-1, 1, 24) * (width - 1) / diagonal, np.linspace(-1, 1, 16) * (height - 1) / diagonal
-    )
+    columns, rows = photo.shape[1], photo.shape[0]
+    part = 0.96 / math.hypot(columns, rows)
+    x, y = np.meshgrid(np.linspace(-1, 1, 24) * columns * part, np.linspace(-1, 1, 16) * rows * part)
     z = (x + 1j * y).ravel()
     x, y, r2 = z.real, z.imag, abs(z) ** 2
     unit = np.stack([z * r2, z * r2**2, 2 * x * y + 1j * (r2 + 2 * y * y), r2 + 2 * x * x + 2j * x * y], 1)
@@ -300,7 +325,10 @@ for _ in range(12):
     pull = shares / np.maximum(abs((candidates - estimate) @ displaced.T).mean(1) * 50, 1e-3)
     estimate = pull @ candidates / pull.sum()
 after, before = (abs((candidates - one) @ displaced.T).mean(1) * 50 for one in (estimate, np.zeros(4)))
-kept = shares @ after <= 0.8 * (shares @ before) and shares @ (after > before) <= 0.03
+won = 1 - shares @ after / (shares @ before)
+harm = shares @ (after > before + 0.05)
+size = float(abs(displaced @ estimate).mean() * 50)
+kept = size >= 0.02 and won >= 0.2 and harm <= (0.18 if won >= 0.5 else 0.03)
 answer = dict(zip(("k1", "k2", "p1", "p2"), map(float, estimate), strict=True))
 answer |= {"edges": len(points), "straighten": bool(kept), "expected_error_percent": float(shares @ after)}
 Path(target).write_text(json.dumps(answer), encoding="utf-8")
