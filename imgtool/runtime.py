@@ -226,9 +226,6 @@ def load(path: Path, kind: str) -> Run:
 def _open(path: Path, kind: str, threads: int) -> Loaded:
     require(kind)
     data = files.read(path)
-    if kind == "openvino" and not path.with_suffix(".bin").is_file():
-        what = f"{path} lacks {path.with_suffix('.bin').name} beside it, which holds its weights"
-        raise ImgtoolError(what, "put it there: an OpenVINO model is both files")
     prepared = {"onnx": _onnx, "tflite": _tflite, "openvino": _openvino, "pt2": _pt2}[kind]
     with _silence():
         opener = prepared(threads if threads > 0 else _cores())  # its faults are not the file's
@@ -237,7 +234,7 @@ def _open(path: Path, kind: str, threads: int) -> Loaded:
         except MemoryError:
             raise
         except Exception:  # noqa: BLE001 - nor have those for damaged files
-            raise _no_model(path, kind) from None
+            raise _no_model(path, kind, data) from None
     for value in parts.inputs:
         if value.dtype not in ("float32", "float16", "float64"):
             what = f"{path} takes numbers of the type {value.dtype}, not floating-point numbers"
@@ -250,7 +247,11 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _no_model(path: Path, kind: str) -> ImgtoolError:
+def _no_model(path: Path, kind: str, data: bytes = b"") -> ImgtoolError:
+    weights = path.with_suffix(".bin")
+    if kind == "openvino" and b"<net" in data and not weights.is_file():
+        what = f"{path} lacks {weights.name} beside it, which holds its weights"
+        return ImgtoolError(what, "put it there: an OpenVINO model is both files")
     return ImgtoolError(f"{path} is not a model that can be run as {kind}", _AGAIN)
 
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 SPECIMENS = Path(__file__).parents[1] / "specimens"
 """Photos that ship, to compare on."""
+ENOUGH = 6
+"""Photos to compare floats on."""
 NAMED = ("fp16", "int8", "libcamera")
 """What the default name of a file says."""
 ONLY: Mapping[str, tuple[str, ...]] = {
@@ -138,7 +140,7 @@ class Job:
         last = self.form.suffix == ".tflite"
         shown = {axis: None if axis in self.free else size for axis, size in self.sizes.items()}
         about = sidecar.about(self.engine, self.weights, self.port, precision, shown, last)
-        photos, ranges = self._photos()
+        photos, ranges = self._photos(console)
         if ranges:
             console.say(f"{len(ranges)} photos calibrate the 8 bits, {len(photos)} others judge them")
         calibration = [self.port.real(photo, self.sizes) for photo in ranges]
@@ -177,21 +179,37 @@ class Job:
         known: Loss = self.port.loss or parity.default_loss(self.port)
         return replace(self.port, loss=replace(known, limit=self.settings.limit, worst=None))
 
-    def _photos(self) -> tuple[list[Path], list[Path]]:
+    def _photos(self, console: Console) -> tuple[list[Path], list[Path]]:
         """Return the photos to compare on, and those to calibrate with, of which none is among the others.
 
         Raises:
-            ImgtoolError: There are too few.
+            ImgtoolError: There are too few that can be read.
         """
-        suffixes = self.engine.suffixes or files.READABLE
-        named = self.settings.photos or (str(SPECIMENS),)
-        found = [item.source for item in files.expand(named, suffixes) if item.source]
-        if self.settings.precision != "int8":
+        eight = self.settings.precision == "int8"
+        found = self._readable(2 * self.settings.calibration if eight else ENOUGH, console)
+        if not eight:
             return found, []
         if len(found) < 2:
             what = "8 bits need two photos or more: some to calibrate with, others to judge by"
             raise ImgtoolError(what, "name a folder by --photos")
-        return found[::2], found[1::2][: self.settings.calibration]
+        return found[::2], found[1::2]
+
+    def _readable(self, most: int, console: Console) -> list[Path]:
+        """Return the first photos that can be read; of others it is said why they are left out."""
+        suffixes = self.engine.suffixes or files.READABLE
+        named = self.settings.photos or (str(SPECIMENS),)
+        found: list[Path] = []
+        for item in files.expand(named, suffixes):
+            if item.source and len(found) < most:
+                try:
+                    self.port.real(item.source, self.sizes)
+                except ImgtoolError as fault:
+                    console.warn(f"left out: {fault.what}")
+                else:
+                    found.append(item.source)
+        if not found:
+            raise ImgtoolError("none of the photos can be read", "give others by --photos")
+        return found
 
 
 @contextmanager

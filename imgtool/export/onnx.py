@@ -148,6 +148,16 @@ class _Inputs:
         return next(self.sets, None)
 
 
+def _exact(model: Any, order: Order) -> list[str]:
+    """Return the names of operations whose weights are buffers: they stay in single precision."""
+    buffers = tuple(name for name, _ in order.port.module.named_buffers())
+    return [
+        node.name
+        for node in model.graph.node
+        if node.op_type in WEIGHTED and len(node.input) > 1 and node.input[1].endswith(buffers or ("\0",))
+    ]
+
+
 def _quantised(order: Order) -> Any:
     """Return the model with its weighted operations in 8 bits."""
     import onnx
@@ -167,6 +177,7 @@ def _quantised(order: Order) -> Any:
             _Inputs(names, order.calibration),
             quant_format=quantization.QuantFormat.QDQ,
             op_types_to_quantize=list(WEIGHTED),
+            nodes_to_exclude=_exact(model, order),
             per_channel=True,
             activation_type=quantization.QuantType.QInt8,
             weight_type=quantization.QuantType.QInt8,

@@ -307,31 +307,45 @@ def test_a_dry_run_tells_and_writes_nothing(
 # --- what is compared ----------------------------------------------------------------------------
 
 
-def test_many_photos_are_parted_into_those_that_calibrate_and_those_that_judge(
-    photographs: Path,
-) -> None:
-    job = SimpleNamespace(
-        engine=engines.load("filter"),
-        settings=engines.settings("filter").Export(
-            to="onnx", precision="int8", photos=(str(photographs),), calibration=3
-        ),
-    )
-    judged, ranges = verb.Job._photos(job)  # type: ignore[arg-type]
+def chosen(name: str, *photos: Path, **settings: Any) -> tuple[list[Path], list[Path], list[str]]:
+    """Return what judges, what calibrates, and what was said."""
+    engine = engines.load(name)
+    asked = engines.settings(name).Export(to="onnx", photos=tuple(map(str, photos)), **settings)
+    net = engine.build(engine.model())
+    assert engine.port is not None
+    port, said = engine.port(net, asked), []
+    sizes = {axis: facts.least for axis, facts in port.axes.items()}
+    whole = SimpleNamespace(engine=engine, settings=asked, port=port, sizes=sizes)
+    whole._readable = lambda most, console: verb.Job._readable(whole, most, console)  # type: ignore[arg-type]
+    console = SimpleNamespace(warn=said.append)
+    return *verb.Job._photos(whole, console), said  # type: ignore[arg-type]
+
+
+def test_many_photos_are_parted_into_those_that_calibrate_and_those_that_judge(photographs: Path) -> None:
+    judged, ranges, _ = chosen("filter", photographs, precision="int8", calibration=3)
     assert not set(judged) & set(ranges)
-    assert (len(judged), len(ranges)) == (4, 3)
-    one = job.settings.changed(photos=(str(judged[0]),))
+    assert (len(judged), len(ranges)) == (3, 3)
     with pytest.raises(ImgtoolError, match="8 bits need two photos or more"):
-        verb.Job._photos(SimpleNamespace(engine=job.engine, settings=one))  # type: ignore[arg-type]
+        chosen("filter", judged[0], precision="int8")
 
 
-def test_the_photos_that_ship_are_read_by_every_engine() -> None:
-    for name in engines.SUMMARY:
-        job = SimpleNamespace(
-            engine=engines.load(name), settings=engines.settings(name).Export(to="onnx", precision="fp32")
-        )
-        found, ranges = verb.Job._photos(job)  # type: ignore[arg-type]
-        assert found
-        assert ranges == []
+def test_a_photo_that_cannot_be_read_is_left_out(photographs: Path, tmp_path: Path) -> None:
+    torn = tmp_path / "torn.jpg"
+    torn.write_bytes(next(photographs.glob("*")).read_bytes()[:300])
+    judged, _, said = chosen("filter", torn, photographs)
+    assert torn not in judged
+    assert len(judged) == verb.ENOUGH
+    assert len(said) == 1
+    assert "torn.jpg" in said[0]
+    with pytest.raises(ImgtoolError, match="none of the photos can be read"):
+        chosen("filter", torn)
+
+
+@pytest.mark.parametrize("name", engines.SUMMARY)
+def test_photos_that_ship_are_read_by_every_engine(name: str) -> None:
+    judged, ranges, said = chosen(name)
+    assert len(judged) >= 2
+    assert (ranges, said) == ([], [])
 
 
 def test_limit_is_of_8_bits_too() -> None:
