@@ -33,7 +33,7 @@ MADE = ("noise", "flat", "extreme")
 """Kinds of inputs beside real ones."""
 PHOTOS = 3
 """Real inputs at the usual size."""
-DISTURBED = {False: 0.05, True: 0.1}
+DISTURBED = {False: 0.05, True: 0.25}
 """By what share of themselves weights are changed that the comparison must tell from the file's: of floats,
 of 8 bits."""
 TOLD = 10.0
