@@ -66,21 +66,25 @@ class Server:
         """Listen, but answer nothing yet."""
         self._service = service
         self._map: dict[int, Any] = {}
-        self._server = waitress.create_server(
-            wsgi.of(service, token),
-            self._map,
-            listen=listen,
-            threads=service.places + SPARE,
-            ident="imgtool",
-            connection_limit=CONNECTIONS,
-            channel_timeout=IDLE,
-            cleanup_interval=IDLE // 4,
-            max_request_header_size=_HEAD,
-            max_request_body_size=SLACK * service.limits.bytes,
-            inbuf_overflow=_IN_MEMORY,
-            outbuf_overflow=_IN_MEMORY,
-            outbuf_high_watermark=_NEVER,
-        )
+        try:
+            self._server = waitress.create_server(
+                wsgi.of(service, token),
+                self._map,
+                listen=listen,
+                threads=service.places + SPARE,
+                ident="imgtool",
+                connection_limit=CONNECTIONS,
+                channel_timeout=IDLE,
+                cleanup_interval=IDLE // 4,
+                max_request_header_size=_HEAD,
+                max_request_body_size=SLACK * service.limits.bytes,
+                inbuf_overflow=_IN_MEMORY,
+                outbuf_overflow=_IN_MEMORY,
+                outbuf_high_watermark=_NEVER,
+            )
+        except (OSError, ValueError):
+            wasyncore.close_all(self._map)
+            raise
         parser = type("Parser", (_Parser,), {"route": service.route, "token": token})
         channel = type("Channel", (HTTPChannel,), {"parser_class": parser})
         for each in self._all(BaseWSGIServer):
