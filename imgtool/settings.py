@@ -242,7 +242,8 @@ class Infer(Common):
     )
     weights: Place = setting(
         "",
-        "Weights: a file or the name of shipped weights [default: the engine's own].",
+        "Weights: a file, also one that export wrote, or the name of shipped weights [default: the engine's "
+        "own].",
         panel=NETWORK,
     )
 

@@ -117,7 +117,7 @@ def windows(size: int, length: int, halo: int, facts: TileFacts) -> list[Span]:
     if step < facts.grid:
         raise ImgtoolError(
             f"a file for {length} pixels leaves nothing of a tile but its context of {halo} on each side",
-            f"export it for free sizes, or for a size of {size}, or of {2 * halo + facts.grid} at least",
+            f"export it for free sizes, for the photo's, or for sides of {2 * halo + facts.grid} or more",
         )
     begins = [*range(0, last, step), last]
     ends = [0, *(begin + halo for begin in begins[1:]), size]

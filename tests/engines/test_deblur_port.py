@@ -255,7 +255,6 @@ def test_a_size_that_leaves_nothing_of_a_tile_is_refused_with_one_that_does(net:
     with pytest.raises(ImgtoolError, match="512") as caught:
         with_file(file_of(net, 512, 512), picture(600, 600))
     assert "736" in caught.value.hint
-    assert "600" in caught.value.hint
 
 
 def test_the_original_s_file_takes_whole_photos_of_its_own_size_alone() -> None:
