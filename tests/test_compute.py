@@ -175,6 +175,7 @@ def test_torchvision_that_does_not_import(
     assert advice in caught.value.hint
 
 
+@pytest.mark.slow
 def test_the_torchvision_that_is_installed_here_works() -> None:
     """In a process of its own: what the import registers stays for good."""
     program = (

@@ -720,6 +720,7 @@ def test_bombs():
     assert "MP" in refused(images.read, tif).what
 
 
+@pytest.mark.slow
 def test_no_warning_gets_out(recwarn, capfd):
     limit = Image.MAX_IMAGE_PIXELS
     big = np.zeros((9500, 9500), np.uint8)  # over the 89 MP from which Pillow warns

@@ -374,6 +374,7 @@ def test_a_cloud_is_darker_where_it_is_denser(tmp_path):
     assert 30 < lonely.max() < 100
 
 
+@pytest.mark.slow
 def test_a_line_has_the_colour_of_its_cloud_and_ends_at_a_gap(tmp_path):
     cloud = np.array([[0.0, 0.0], [1.0, 1.0]])
     gap = [np.nan, np.nan]

@@ -47,6 +47,7 @@ def plan(engine: Engine, settings: Export) -> Mapping[str, object]:
     told: dict[str, object] = {"weights": str(weights)}
     if settings.to in SERVICES:
         return told | {"output": str(_folder(engine, settings))}
+    _check_form(settings, FORMATS[settings.to])
     job = _job(engine, settings, weights)
     free = ", ".join(sorted(job.free)) or "none"
     sizes = ", ".join(f"{axis} {size}" for axis, size in job.sizes.items() if axis not in job.free)
@@ -70,6 +71,7 @@ def run(engine: Engine, settings: Export, console: Console) -> int:
     if settings.to in SERVICES:
         return _serve(engine, settings, weights, console)
     form = FORMATS[settings.to]
+    _check_form(settings, form)
     for path in _targets(settings, weights, form):
         _check_new(path, settings.force)
     form.require()
@@ -225,6 +227,21 @@ def _enough_memory() -> Iterator[None]:
         raise ImgtoolError("out of memory", "give a smaller --size or --largest") from None
 
 
+def _check_form(settings: Export, form: Format) -> None:
+    """Refuse what a format cannot hold, whatever the network.
+
+    Raises:
+        ImgtoolError: Code 2.
+    """
+    if settings.precision not in form.limits:
+        known = ", ".join(form.limits)
+        what = f"--to {settings.to} does not write {settings.precision}"
+        raise ImgtoolError(what, f"it writes {known}", USAGE)
+    if settings.dynamic and not form.free:
+        what = f"--dynamic: files of {settings.to} have fixed sizes"
+        raise ImgtoolError(what, "give --size alone, or take --to onnx, pt2 or openvino", USAGE)
+
+
 def _job(engine: Engine, settings: Export, path: Path) -> Job:
     """Return what is to be done, all of whose parts go together.
 
@@ -234,13 +251,6 @@ def _job(engine: Engine, settings: Export, path: Path) -> Job:
     from imgtool import checkpoint, compute
 
     form = FORMATS[settings.to]
-    if settings.precision not in form.limits:
-        known = ", ".join(form.limits)
-        what = f"--to {settings.to} does not write {settings.precision}"
-        raise ImgtoolError(what, f"it writes {known}", USAGE)
-    if settings.dynamic and not form.free:
-        what = f"--dynamic: files of {settings.to} have fixed sizes"
-        raise ImgtoolError(what, "give --size alone, or take --to onnx, pt2 or openvino", USAGE)
     if engine.port is None:
         raise ImgtoolError(f"the engine {engine.name} cannot be exported", "use it by imgtool infer")
     threads = compute.use_threads(settings.threads)

@@ -351,6 +351,7 @@ def test_what_is_measured_is_the_network_that_would_be_trained() -> None:
     np.testing.assert_allclose(forward.deepawb(made, x, strides=(2, 1, 3), layers=3), expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_measuring_here_gives_more_than_the_least() -> None:
     cost, least = measure.here(CHEAP, 10), measure.least(CHEAP)
     assert least.cpu_ms < cost.cpu_ms < 1000
@@ -384,6 +385,7 @@ def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_another_machine_needs_nothing_but_python_and_numpy(host: Path) -> None:
     cost = measure.there(CHEAP, 10, "me@pi")
     assert 0 < cost.cpu_ms < 1000
