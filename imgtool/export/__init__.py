@@ -80,11 +80,12 @@ def run(engine: Engine, settings: Export, console: Console) -> int:
         _check_new(path, settings.force)
     with tempfile.TemporaryDirectory(prefix="imgtool-") as folder:
         made = Path(folder, job.targets[0].name)
-        record = job.make(made, console)
+        with _enough_memory():
+            record = job.make(made, console)
         _put(made, job, record)
     if job.port.note:
         console.say(job.port.note)
-    text = f"{job.targets[0]}: {_proved(record['parity'])}"
+    text = f"{job.targets[0]}: {_summary(record['parity'])}"
     console.result(_short(record, job.targets[0], settings.to), text)
     return DONE
 
@@ -150,8 +151,7 @@ class Job:
             self.port, self.sizes, self.free, about, precision, calibration, settings.opset, settings.gpu_safe
         )
         console.say(f"writing {path.name}")
-        with _enough_memory():
-            return self._proved(path, order, photos, console)
+        return self._proved(path, order, photos, console)
 
     def _proved(self, path: Path, order: Order, photos: Sequence[Path], console: Console) -> dict[str, Any]:
         from imgtool.export import parity
@@ -324,7 +324,7 @@ def _short(record: Mapping[str, Any], path: Path, form: str) -> dict[str, Any]:
     return {"format": form, "file": str(path), **told, "parity": parity, "pass": True}
 
 
-def _proved(parity: Mapping[str, Any]) -> str:
+def _summary(parity: Mapping[str, Any]) -> str:
     """Return the comparison in a line for people."""
     if parity["limit"] is not None:
         text = f"at most {parity['max_abs']:.2g} from torch in {parity['samples']} comparisons"

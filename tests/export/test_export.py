@@ -217,6 +217,7 @@ def test_a_lack_of_memory_is_one_line(export: Told, tmp_path: Path, monkeypatch:
         )
 
     monkeypatch.chdir(tmp_path)
+    assert "out of memory" in export.refused("filter", "--to", "onnx", "--size", "99999x99999")
     monkeypatch.setattr(writer, "write", write)
     assert "out of memory" in export.refused("filter", "--to", "onnx", "--size", "64x64")
     assert not list(tmp_path.iterdir())
