@@ -36,8 +36,9 @@ PHOTOS = 3
 DISTURBED = {False: 0.05, True: 0.25}
 """By what share of themselves weights are changed that the comparison must tell from the file's: of floats,
 of 8 bits."""
-TOLD = 10.0
-"""How many times the limit outputs must differ between inputs."""
+TOLD, LOSSY = 10.0, 1e-3
+"""How many times the file's difference to torch outputs must differ between inputs; what counts as that
+difference in 8 bits."""
 LEAST_PSNR, WORST_PSNR = 40.0, 34.0
 """dB to torch that 8 bits must keep on average and at worst, where the engine counts in nothing else."""
 PEAK = 150.0
@@ -239,8 +240,8 @@ class Proof:
             for used in (name, f"{name}.out.npz"):
                 (folder / used).unlink()
             done(number + 1, len(every))
-        self._check_spread(seen)
         record = self._record(rows) | {"peak_mb": said["peak_mb"]}
+        self._check_spread(seen, record["max_abs"])
         self._judge(path, record, rows)
         return record
 
@@ -330,10 +331,10 @@ class Proof:
         if _largest(shares(self.port, by_torch(self.other, inputs, torch.float32), got)) <= self.limit:
             raise ImgtoolError("the comparison cannot tell these weights from others", _ALIKE)
 
-    def _check_spread(self, seen: Sequence[Sequence[Array]]) -> None:
-        """Refuse outputs that are the same whatever the input: they would agree with anything."""
+    def _check_spread(self, seen: Sequence[Sequence[Array]], error: float) -> None:
+        """Refuse outputs that differ between inputs by little more than the file differs from torch."""
         apart = max((_largest(shares(self.port, seen[0], each)) for each in seen[1:]), default=math.inf)
-        if not apart > TOLD * (self.limit or 1e-3):
+        if not apart > TOLD * (LOSSY if self.limit is None else min(error, self.limit)):
             raise ImgtoolError("the network answers every input alike: nothing can be compared", _ALIKE)
 
 
