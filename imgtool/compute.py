@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from imgtool.errors import USAGE, ImgtoolError
+from imgtool.runtime import cores
 
 T = TypeVar("T")
 
@@ -40,11 +40,7 @@ def device(name: str) -> torch.device:
 
 def use_threads(threads: int) -> int:
     """Set the CPU threads of torch and OpenCV, 0 for all cores that this process may use; return them."""
-    count = (
-        threads or len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else threads or os.cpu_count() or 1
-    )
+    count = threads or cores()
     torch.set_num_threads(count)
     cv2.setNumThreads(count)
     return count

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from imgtool.engine import Engine
 from imgtool.errors import USAGE, ImgtoolError
+from imgtool.port import length
 from imgtool.settings import Infer
 
 if TYPE_CHECKING:
@@ -128,14 +129,16 @@ def checked(
             _check_shape(loaded.path, key, shape, value)
 
     def run(*arrays: Pixels) -> Sequence[Pixels]:
-        known = dict(
-            pair
+        """Return the file's outputs; see ``checked``."""
+        known = {
+            word: size
             for shape, array in zip(inputs, arrays, strict=True)
-            for pair in zip(shape, array.shape, strict=True)
-        )
+            for word, size in zip(shape, array.shape, strict=True)
+            if isinstance(word, str)
+        }
         found = loaded(*arrays)
         for shape, out in zip(outputs, found, strict=True):
-            _check_output(loaded.path, tuple(_length(word, known) for word in shape), out)
+            _check_output(loaded.path, tuple(length(word, known) for word in shape), out)
         return found
 
     return run
@@ -162,11 +165,3 @@ def _check_output(path: Path, wanted: tuple[int, ...], out: Pixels) -> None:
         raise ImgtoolError(
             f"{path}: the network's output is not finite", "its weights are damaged: take others"
         )
-
-
-def _length(word: int | str, known: Mapping[int | str, int]) -> int:
-    """Return a length of an output: a number, a word of the inputs, or such a word times a number."""
-    if isinstance(word, int):
-        return word
-    factor, _, name = word.rpartition("*")
-    return int(factor or 1) * known[name]

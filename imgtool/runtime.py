@@ -228,7 +228,7 @@ def _open(path: Path, kind: str, threads: int) -> Loaded:
     data = files.read(path)
     prepared = {"onnx": _onnx, "tflite": _tflite, "openvino": _openvino, "pt2": _pt2}[kind]
     with _silence():
-        opener = prepared(threads if threads > 0 else _cores())  # its faults are not the file's
+        opener = prepared(threads if threads > 0 else cores())  # its faults are not the file's
         try:
             parts = opener(path, data)
         except MemoryError:
@@ -242,7 +242,7 @@ def _open(path: Path, kind: str, threads: int) -> Loaded:
     return Loaded(path, kind, parts)
 
 
-def _cores() -> int:
+def cores() -> int:
     """Return how many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from imgtool import files, header
-from imgtool.engine import Engine, Loss, Port
+from imgtool.engine import Engine
 from imgtool.errors import DONE, USAGE, ImgtoolError
 from imgtool.export import sidecar
 from imgtool.export.formats import FORMATS, MODELS, SERVICES, Format
 from imgtool.export.order import Order, lengths, sized
+from imgtool.port import Loss, Port
 from imgtool.settings import Export
 
 if TYPE_CHECKING:

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from imgtool.errors import ImgtoolError
+from imgtool.port import length
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from imgtool.engine import Port
+    from imgtool.port import Port
 
     Arrays = tuple[npt.NDArray[Any], ...]
 
@@ -20,28 +21,6 @@ Precision = Literal["fp32", "fp16", "int8"]
 
 PICTURE = ("height", "width")
 """The axes that --size fixes."""
-
-
-def length(word: int | str, sizes: Mapping[str, int]) -> int:
-    """Return a length of a ``Slot``: a number, an axis, or an axis times or divided by a number.
-
-    >>> [length(word, {"height": 6}) for word in (3, "height", "2*height", "height/2")]
-    [3, 6, 12, 3]
-    """
-    if isinstance(word, int):
-        return word
-    factor, _, divided = word.rpartition("*")
-    axis, _, divisor = divided.partition("/")
-    return int(factor or 1) * sizes[axis] // int(divisor or 1)
-
-
-def axis_of(word: int | str) -> str:
-    """Return the axis that a length speaks of, "" for a number.
-
-    >>> [axis_of(word) for word in (3, "height", "2*height", "height/2")]
-    ['', 'height', 'height', 'height']
-    """
-    return "" if isinstance(word, int) else word.rpartition("*")[2].partition("/")[0]
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,12 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from imgtool.engine import Loss
 from imgtool.errors import ImgtoolError
 from imgtool.export.order import PICTURE
+from imgtool.port import Loss
 
 if TYPE_CHECKING:
-    from imgtool.engine import Port
+    from imgtool.port import Port
 
 Array = npt.NDArray[Any]
 Arrays = tuple[Array, ...]

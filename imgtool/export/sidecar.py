@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import imgtool
 from imgtool import files, header
-from imgtool.export.order import axis_of, length
 from imgtool.loading import EXPORTED
+from imgtool.port import axis_of, length
 
 if TYPE_CHECKING:
-    from imgtool.engine import Engine, Port, Slot
+    from imgtool.engine import Engine
+    from imgtool.port import Port, Slot
 
 BESIDE = "imgtool.export/1"
 """Version of the JSON beside a file."""

@@ -155,6 +155,7 @@ def _phone(module: fx.GraphModule, inputs: Sequence[Any], outputs: Sequence[Any]
             self.training = False  # what is a program already cannot be told so by eval()
 
         def forward(self, **given: Tensor) -> dict[str, Tensor]:
+            """Map inputs by name to outputs by name; pictures are ``(B, H, W, C)``."""
             taken = [
                 given[name].permute(0, 3, 1, 2) if picture else given[name] for name, _, picture in inputs
             ]
@@ -188,6 +189,7 @@ def _runner() -> type[fx.Interpreter]:
 
     class Runner(fx.Interpreter):
         def run_node(self, node: Any) -> Any:
+            """Compute one node of the graph."""
             if node.target == torch.ops.aten.pixel_shuffle.default:
                 return sub_pixels(*self.fetch_args_kwargs_from_env(node)[0])
             if node.target == torch.ops.aten.einsum.default and node.args[0] == "bij,bjhw->bihw":

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from imgtool.export.order import axis_of, length
+from imgtool.port import axis_of, length
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram

@@ -42,6 +42,7 @@ class _Parser(HTTPRequestParser):  # type: ignore[misc]
     body_rcv: Any = None
 
     def parse_header(self, header_plus: bytes) -> None:
+        """Read the header; the body that it announces is taken only where it will be worked on."""
         try:
             super().parse_header(header_plus)
         except ValueError:  # a length of thousands of digits

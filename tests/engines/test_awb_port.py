@@ -14,13 +14,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from imgtool.engine import Slot
 from imgtool.engines.awb import apply, estimate, exported, features, model, port
 from imgtool.engines.awb.settings import Export, Infer, Model
 from imgtool.engines.awb.stats import AwbStats, of_linear
 from imgtool.errors import FAILED, USAGE, ImgtoolError
 from imgtool.export import npz
 from imgtool.export.order import Order
+from imgtool.port import Slot
 
 HIST = Model()
 SMALL = Model(arch="deepawb", channels="4,6,8", neurons=40, layers=2, height=48, width=64)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,17 +14,19 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from filed import filed
 from hypothesis import given, settings
 from hypothesis import strategies as some
 from torch import nn
 
 from imgtool import checkpoint, header, images, runtime, tiles
-from imgtool.engine import Port, TileFacts, Watch
+from imgtool.engine import TileFacts, Watch
 from imgtool.engines.deblur import port
 from imgtool.engines.deblur.engine import ENGINE
 from imgtool.engines.deblur.settings import Export, Infer, Model
 from imgtool.errors import FAILED, USAGE, ImgtoolError
 from imgtool.images import Photo
+from imgtool.port import Port
 
 ROOT = Path(__file__).parents[2]
 Array = npt.NDArray[Any]
@@ -54,25 +56,7 @@ def ported_of(net: nn.Module) -> Port:
 
 
 def file_of(net: nn.Module, *size: int, about: Mapping[str, Any] | None = None) -> Any:
-    """Return a file as the runtime opens it, but run by torch: of fixed size where one is given."""
-    whole = ported_of(net)
-    shape = (1, 3, *size) if size else (None, 3, None, None)
-
-    @torch.inference_mode()
-    def run(*arrays: Array) -> list[Array]:
-        assert len(arrays) == 1
-        assert arrays[0].dtype == np.float32
-        assert arrays[0].flags.c_contiguous
-        assert all(own in (None, got) for own, got in zip(shape, arrays[0].shape, strict=True))
-        return [whole.module(torch.from_numpy(arrays[0])).numpy()]
-
-    class Loaded(SimpleNamespace):
-        __call__: Callable[..., Any] = staticmethod(run)
-
-    facts = json.loads(json.dumps(dict(whole.facts)))
-    said = {"facts": facts} if about is None else about
-    ends = {"inputs": (SimpleNamespace(shape=shape),), "outputs": (SimpleNamespace(shape=shape),)}
-    return Loaded(path=Path("x.onnx"), about=said, **ends)
+    return filed(ported_of(net), 3, *size, about=about)
 
 
 def picture(height: int, width: int, dtype: str = "float32") -> Array:

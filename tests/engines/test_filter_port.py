@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,14 +14,16 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from filed import filed
 
 from imgtool import images
-from imgtool.engine import Port, Watch
+from imgtool.engine import Watch
 from imgtool.engines.filter import apply, model, quantise, targets
 from imgtool.engines.filter.engine import ENGINE
 from imgtool.engines.filter.settings import Export, Infer, Model
 from imgtool.errors import FAILED, ImgtoolError
 from imgtool.images import Photo
+from imgtool.port import Port
 
 Array = npt.NDArray[Any]
 NETWORKS = {
@@ -65,26 +67,7 @@ def ported_of(net: Any) -> Port:
 
 
 def file_of(net: Any, *size: int, about: Mapping[str, Any] | None = None) -> Any:
-    """Return a file as the runtime opens it, but run by torch: of fixed size where one is given."""
-    whole = ported_of(net)
-    shape = (1, 3, *size) if size else (None, 3, None, None)
-
-    @torch.inference_mode()
-    def run(*arrays: Array) -> list[Array]:
-        assert len(arrays) == 1
-        assert arrays[0].dtype == np.float32
-        assert arrays[0].flags.c_contiguous
-        assert all(own in (None, got) for own, got in zip(shape, arrays[0].shape, strict=True))
-        return [whole.module(torch.from_numpy(arrays[0])).numpy()]
-
-    class Loaded(SimpleNamespace):
-        __call__: Callable[..., Any] = staticmethod(run)
-
-    facts = json.loads(json.dumps(dict(whole.facts)))
-    said = {"facts": facts} if about is None else about
-    out = (shape[0], net.count, *shape[2:])
-    ends = {"inputs": (SimpleNamespace(shape=shape),), "outputs": (SimpleNamespace(shape=out),)}
-    return Loaded(path=Path("x.onnx"), about=said, **ends)
+    return filed(ported_of(net), net.count, *size, about=about)
 
 
 def picture(height: int, width: int, dtype: Any = np.float32) -> Array:

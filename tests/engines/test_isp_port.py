@@ -14,13 +14,14 @@ import pytest
 import torch
 
 from imgtool import runtime
-from imgtool.engine import Port, Watch
+from imgtool.engine import Watch
 from imgtool.engines.isp import apply, bayer, model, port
 from imgtool.engines.isp.settings import Export, Infer, Model
 from imgtool.errors import FAILED, USAGE, ImgtoolError
 from imgtool.export import onnx
 from imgtool.export.order import Order
 from imgtool.mosaic import Mosaic
+from imgtool.port import Port
 
 Array = npt.NDArray[Any]
 

@@ -17,7 +17,6 @@ import torch
 from torch import nn
 
 from imgtool import checkpoint, compute, images, runtime
-from imgtool.engine import Port
 from imgtool.engines.lens import estimate, lines, model, network, plumb, port, posterior, prior
 from imgtool.engines.lens.engine import ENGINE
 from imgtool.engines.lens.geometry import BrownConrady
@@ -25,6 +24,7 @@ from imgtool.engines.lens.settings import Export, Infer, Model
 from imgtool.errors import FAILED, ImgtoolError
 from imgtool.export import onnx
 from imgtool.export.order import Order
+from imgtool.port import Port
 
 Array = npt.NDArray[Any]
 

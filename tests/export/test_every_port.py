@@ -11,9 +11,9 @@ import torch
 from test_every_engine import NETWORKS
 
 from imgtool import engines, export
-from imgtool.engine import Port
 from imgtool.export import onnx, order, parity, sidecar
 from imgtool.header import Weights
+from imgtool.port import Port
 
 SMALL = {"height": 64, "width": 96, "batch": 1, "edges": 12, "candidates": 20, "lights": 30}
 """Lengths of axes that are long enough to tell a fault."""

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from imgtool.engine import Port, Slot
 from imgtool.export import npz
 from imgtool.export.order import Order
+from imgtool.port import Port, Slot
 
 ABOUT = {"format": "imgtool-export/1", "engine": "toy", "facts": {"grey": "µ"}}
 

@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 from toys import picture
 
-from imgtool.engine import Axis
 from imgtool.errors import ImgtoolError
-from imgtool.export.order import axis_of, length, lengths, read_size
+from imgtool.export.order import lengths, read_size
+from imgtool.port import Axis, axis_of, length
 
 PORT = replace(
     picture(),

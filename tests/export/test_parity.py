@@ -15,10 +15,10 @@ from onnx import numpy_helper
 from torch import nn
 from toys import calibration, order, picture
 
-from imgtool.engine import Loss, Port
 from imgtool.errors import ImgtoolError
 from imgtool.export import onnx as writer
 from imgtool.export import parity
+from imgtool.port import Loss, Port
 
 PORT = picture()
 SIZES = {name: axis.usual for name, axis in PORT.axes.items()}

@@ -18,9 +18,9 @@ from torch import nn
 from toys import ABOUT, calibration, ends, made, order, outputs, pair, picture
 
 from imgtool import runtime
-from imgtool.engine import Port, Slot
 from imgtool.errors import FAILED, ImgtoolError
 from imgtool.export import tflite
+from imgtool.port import Port, Slot
 
 ROOT = Path(__file__).parents[2]
 

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from imgtool.engine import Axis, Port, Slot
 from imgtool.export.order import Order
+from imgtool.port import Axis, Port, Slot
 
 ABOUT = {"format": "imgtool-export/1", "engine": "toy", "facts": {"grey": "grün"}}
 

@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from imgtool import files
-from imgtool.engine import Port, Slot
 from imgtool.engines.awb import features
 from imgtool.engines.awb.camera import BEYOND, GENERIC, Camera
 from imgtool.engines.awb.network import Hist
@@ -29,6 +28,7 @@ from imgtool.engines.awb.port import frame, hats, in_bins
 from imgtool.engines.awb.reading import CLIPPED_COVERAGE, RENDERED_AT
 from imgtool.engines.awb.tuning import LUX, Tuning
 from imgtool.errors import USAGE, ImgtoolError
+from imgtool.port import Port, Slot
 
 if TYPE_CHECKING:
     from imgtool.engines.awb.settings import Export

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from imgtool.engine import Axis, Loss, Port, Slot
 from imgtool.engines.awb import estimate, features, reading
 from imgtool.engines.awb.camera import GENERIC, LEAST
 from imgtool.engines.awb.camera import HIGHEST as COLDEST
@@ -22,6 +21,7 @@ from imgtool.engines.awb.network import DeepAwb, Hist
 from imgtool.engines.awb.settings import SURE, Model, Sources
 from imgtool.engines.awb.stats import CELLS, COVERED, DULLEST, SATURATED, AwbStats
 from imgtool.errors import USAGE, ImgtoolError
+from imgtool.port import Axis, Loss, Port, Slot
 
 if TYPE_CHECKING:
     from imgtool.engines.awb.camera import Locus

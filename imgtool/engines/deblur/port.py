@@ -11,8 +11,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from imgtool import loading, pictures, tiles, traced
-from imgtool.engine import Axis, Port, Slot, TileFacts
+from imgtool.engine import TileFacts
 from imgtool.engines.deblur import model
+from imgtool.port import Axis, Port, Slot
 
 if TYPE_CHECKING:
     from imgtool.engine import Pixels

@@ -12,9 +12,9 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from imgtool import loading, pictures, traced
-from imgtool.engine import Axis, Port, Slot
 from imgtool.engines.filter import edges, model, quantise, targets
 from imgtool.errors import ImgtoolError
+from imgtool.port import Axis, Port, Slot
 
 if TYPE_CHECKING:
     from imgtool.engines.filter.settings import Export

@@ -14,11 +14,11 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from imgtool import loading, mosaic, pictures
-from imgtool.engine import Axis, Port, Slot
 from imgtool.engines.isp import apply, bayer, colour, model, noise, unprocess
 from imgtool.engines.isp.model import Camera
 from imgtool.errors import USAGE, ImgtoolError
 from imgtool.mosaic import Mosaic
+from imgtool.port import Axis, Port, Slot
 
 if TYPE_CHECKING:
     from imgtool.engines.isp.settings import Export, Infer

@@ -285,6 +285,7 @@ class Exported:
         count = self.candidates or PIECE
 
         def likelihood(candidates: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+            """Return the log-likelihoods ``(K,)`` of candidates ``(K, 4)``: k1, k2, p1, p2."""
             parts = []
             for start in range(0, len(candidates), count):
                 part = candidates[start : start + count].astype(np.float32)

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from imgtool import images, loading, pictures
-from imgtool.engine import Axis, Loss, Port, Slot
 from imgtool.engines.lens import data, estimate, lines, network, plumb, posterior, prior
 from imgtool.engines.lens.settings import RISK
 from imgtool.errors import ImgtoolError
+from imgtool.port import Axis, Loss, Port, Slot
 
 if TYPE_CHECKING:
     from imgtool.engines.lens.settings import Export, Infer
