@@ -75,16 +75,18 @@ class Item:
         source: The file, or None for standard input.
         relative: Its path below the folder or glob that it was found by; else its bare name.
         folder: True where it was found in a folder, whose sub-folders an output folder keeps.
+        url: Where it is fetched from; ``source`` is then where it will lie on this machine.
     """
 
     source: Path | None
     relative: Path
     folder: bool = False
+    url: str = ""
 
     @property
     def name(self) -> str:
-        """Return the name for messages: the path, "-" for standard input."""
-        return "-" if self.source is None else str(self.source)
+        """Return the name for messages: the path or URL, "-" for standard input."""
+        return self.url or ("-" if self.source is None else str(self.source))
 
 
 def _reason(fault: OSError) -> str:

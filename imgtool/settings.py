@@ -39,8 +39,10 @@ DATA = "Data"
 MEASUREMENT = "Measurement"
 SERVICE = "Service"
 TRAINING = "Training"
+SEARCH = "Search"
+TRACKING = "Tracking"
 RUN = "Run"
-PANELS = (FILES, OUTPUT, DATA, MEASUREMENT, NETWORK, SERVICE, MODEL, TRAINING, RUN)
+PANELS = (FILES, OUTPUT, DATA, MEASUREMENT, NETWORK, SERVICE, MODEL, TRAINING, SEARCH, TRACKING, RUN)
 """The headings of help, in the order in which it shows them."""
 
 Place = Annotated[str, AfterValidator(os.path.expanduser)]
@@ -65,7 +67,7 @@ def setting(
             is found out at run time.
         panel: Heading under which help lists it. Those under "Model" shape the network and are
             taken from the checkpoint when one is loaded.
-        short: One-letter flag such as "-o".
+        short: One-letter flag such as "-o", or another word for the flag.
         argument: True for a positional argument.
         served: Whether a request to a service may give it: of one photo, and none that names a file, a
             device, or memory.
@@ -130,13 +132,57 @@ class Train(Common):
         le=100,
     )
     parallel: int = setting(
-        1, "Of --runs, how many at a time, each in a process with its share of the threads.", ge=1, le=100
+        1,
+        "Of --runs or --search, how many at a time, each in a process with its share of the threads.",
+        ge=1,
+        le=100,
     )
     sample_every: int = setting(
         0, "Steps between further sheets of samples; 0 draws one at each validation alone.", ge=0
     )
+    search: int = setting(
+        0, "Train N times with settings chosen from a search space (needs imgtool[search]); 0: none.",
+        panel=SEARCH, ge=0,
+    )  # fmt: skip
+    space: Path | None = setting(
+        None, "TOML file of the search space, [search.<engine>] [default: the engine's own].", panel=SEARCH
+    )
+    sampler: Literal["", "optuna", "ax"] = setting(
+        "", "Who proposes settings; ax needs imgtool[search-ax] [default: optuna, of awb ax].", panel=SEARCH
+    )
+    max_ms: float = setting(
+        0.0, "CPU time of a network at most, measured before it is trained, in ms; 0: any.",
+        panel=SEARCH, ge=0,
+    )  # fmt: skip
+    max_mb: float = setting(
+        0.0, "Memory of the process that runs a network at most, measured, in 10^6 bytes; 0: any.",
+        panel=SEARCH, ge=0,
+    )  # fmt: skip
+    max_parameters: int = setting(0, "Parameters of a network at most; 0: any.", panel=SEARCH, ge=0)
+    track: Literal["", "tensorboard", "mlflow", "wandb"] = setting(
+        "",
+        "Also record the run there, by imgtool[tensorboard], imgtool[mlflow] or imgtool[wandb].",
+        panel=TRACKING,
+    )
+    track_to: Place = setting(
+        "",
+        "Where to: MLflow's server or store, the folder of the others [default: MLFLOW_TRACKING_URI, else "
+        "sqlite:///runs/mlflow.db; runs/wandb; the run folder].",
+        panel=TRACKING,
+    )
+    experiment: str = setting(
+        "", "Name under which runs are gathered [default: imgtool-<engine>].", panel=TRACKING
+    )
+    register_as: str = setting(
+        "",
+        "mlflow, wandb: register the best network as a new version of the model of this name.",
+        panel=TRACKING,
+        short="--register",
+    )
     steps: int = setting(20_000, "Optimiser steps in all.", panel=TRAINING, ge=1)
-    batch: int = setting(16, "Samples per step.", panel=TRAINING, ge=1)
+    batch: int = setting(
+        16, "Samples per step, of all processes together where torchrun starts many.", panel=TRAINING, ge=1
+    )
     epoch_steps: int = setting(500, "Steps between validations: one epoch.", panel=TRAINING, ge=1)
     optimiser: Literal["adamw", "soap"] = setting(
         "adamw",
@@ -239,6 +285,17 @@ class Infer(Common):
         None,
         "Also write FILE, a zip archive of the outputs, side-by-sides and tables of the batch.",
         panel=FILES,
+    )
+    runner: Literal["", "processes", "ray"] = setting(
+        "",
+        "Spread the photos over processes of this machine, or over a Ray cluster (needs imgtool[ray]; "
+        "RAY_ADDRESS names one) [default: one after the other here].",
+    )
+    workers: int = setting(
+        0, "Of --runner, how many processes; 0: as many as cores, each with one thread.", ge=0, le=65536
+    )
+    shard: str = setting(
+        "", "i/n: only part i, counted from 0, of n parts of the photos, as an array job gives out."
     )
     weights: Place = setting(
         "",

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from toy import TOY, assert_same_run, go, state, toy
 
-from imgtool import train
+from imgtool import plots, sheets
 from imgtool.optimisers import LARGEST, Soap
 
 BETAS = (0.95, 0.95)
@@ -25,7 +25,7 @@ Array = npt.NDArray[np.float64]
 
 @pytest.fixture(autouse=True)
 def _undrawn_on_one_core(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for module, name in ((train.plots, "curves"), (train.sheets, "sheet")):
+    for module, name in ((plots, "curves"), (sheets, "sheet")):
         monkeypatch.setattr(module, name, lambda *_, **__: None)
     before = torch.get_num_threads()
     torch.set_num_threads(1)

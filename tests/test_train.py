@@ -34,7 +34,7 @@ from toy import (
     toy,
 )
 
-from imgtool import checkpoint, cli, files, train
+from imgtool import checkpoint, cli, files, plots, sheets, train
 from imgtool.console import Console
 from imgtool.engine import Engine
 from imgtool.errors import DONE, FAILED, INTERRUPTED, USAGE, ImgtoolError
@@ -44,8 +44,8 @@ from imgtool.train import learning_rate
 
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train.plots, "curves", lambda *_, **__: None)
-    monkeypatch.setattr(train.sheets, "sheet", lambda *_, **__: None)
+    monkeypatch.setattr(plots, "curves", lambda *_, **__: None)
+    monkeypatch.setattr(sheets, "sheet", lambda *_, **__: None)
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from toy import TOY, Batch, Numbers, assert_same, assert_same_run, go, rows, state, toy
 
-from imgtool import checkpoint, train
+from imgtool import checkpoint, plots, sheets, train
 from imgtool.engine import Engine
 from imgtool.errors import DONE, USAGE, ImgtoolError
 from imgtool.samples import smoothed, stage_of
@@ -26,8 +26,8 @@ from imgtool.train import learning_rate
 
 @pytest.fixture(autouse=True)
 def _undrawn(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(train.plots, "curves", lambda *_, **__: None)
-    monkeypatch.setattr(train.sheets, "sheet", lambda *_, **__: None)
+    monkeypatch.setattr(plots, "curves", lambda *_, **__: None)
+    monkeypatch.setattr(sheets, "sheet", lambda *_, **__: None)
     monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)
     before = torch.get_num_threads()
     yield
@@ -207,7 +207,7 @@ def test_samples_are_drawn_on_the_way_and_change_nothing(
 ) -> None:
     drawn: list[tuple[str, list[str], str]] = []
     monkeypatch.setattr(
-        train.sheets,
+        sheets,
         "sheet",
         lambda images, path, title: drawn.append((path.name, [*images], title)),
     )

@@ -14,6 +14,7 @@ from imgtool.settings import (
     MODEL,
     NETWORK,
     OUTPUT,
+    SEARCH,
     TRAINING,
     Settings,
     setting,
@@ -146,15 +147,14 @@ class Train(Model, Sources, common.Train):
         "Exponent of the density weights (1 / KDE of the white points, 0.1 to 15): 1 the original's, 0 off.",
         panel=TRAINING, ge=0, le=1,
     )  # fmt: skip
-    search: int = setting(
-        0, "Train N architectures that Ax proposes under the budgets (needs imgtool[search]); 0: none.",
-        panel=TRAINING, ge=0,
+    max_ms: float = setting(
+        10.0, "Search: CPU time of a frame at most, p95, measured before a network is trained.",
+        panel=SEARCH, gt=0,
     )  # fmt: skip
-    max_ms: float = setting(10.0, "Search: CPU time of a frame at most, p95.", panel=TRAINING, gt=0)
-    max_mb: float = setting(100.0, "Search: memory of the whole process at most.", panel=TRAINING, gt=0)
-    remote: str = setting(
-        "", "Search: measure on this host, by the system's ssh: [user@]host.", panel=TRAINING
+    max_mb: float = setting(
+        100.0, "Search: memory of the whole process at most, measured.", panel=SEARCH, gt=0
     )
+    remote: str = setting("", "Search: measure on this host, by the system's ssh: [user@]host.", panel=SEARCH)
 
 
 class Infer(Sources, common.Infer):

@@ -1,4 +1,4 @@
-"""The verb ``train``: one loop for all engines.
+"""One training run.
 
 Everything that happens at a step is a function of the step: the learning rate, the samples, the
 augmentation. So a run is its settings, and the state that resumes it is the network, the averaged
@@ -15,22 +15,21 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, default_collate
 
-from imgtool import checkpoint, compute, files, plots, repeat, sheets
+from imgtool import checkpoint, compute, files, plots, sheets, track
 from imgtool.console import plain
-from imgtool.engine import Engine, Examples
-from imgtool.errors import DONE, USAGE, ImgtoolError
+from imgtool.engine import Engine
+from imgtool.errors import USAGE, ImgtoolError
 from imgtool.optimisers import Soap
 from imgtool.samples import Stages
-from imgtool.settings import Train, make, table, to_toml
+from imgtool.settings import Train, to_toml
+from imgtool.train.feeding import Numbers, load
+from imgtool.train.phases import Phases
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -41,10 +40,6 @@ STATE = "last.pt"
 SETTINGS = "settings.toml"
 LOG = "log.jsonl"
 BEST = "best.safetensors"
-DONE_FILE = "done.json"
-"""What a run found, written when it ended: a campaign does not repeat it."""
-CAMPAIGN = "campaign.json"
-"""Marks a folder of many runs."""
 COUNTERS = ("step", "seconds", "bad", "skipped", "stale", "best")
 STATES = ("net", "ema", "optimiser", "scaler", "random", "sums", *COUNTERS)
 """What the state of a run holds."""
@@ -71,162 +66,6 @@ def _fallen(step: int, settings: Train) -> float:
         return min(step / max(settings.steps - settings.warmup, 1), 1.0)
     length = 1 << (step // settings.cycle + 1).bit_length() - 1  # of the cycle, in first cycles
     return (step - settings.cycle * (length - 1)) / (settings.cycle * length)
-
-
-def run_folder(engine: Engine, settings: Train) -> Path:
-    """Return the folder that a run writes into."""
-    if settings.resume:
-        return settings.resume
-    return settings.out or Path("runs") / engine.name / datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
-
-
-def resumed(engine: Engine, settings: Train) -> Train:
-    """Return the settings of the run to resume, with what was given now laid over them.
-
-    Raises:
-        ImgtoolError: Code 2, where the folder holds no run of this engine.
-    """
-    if not settings.resume:
-        return settings
-    path = settings.resume / SETTINGS
-    if not path.is_file():
-        raise ImgtoolError(
-            f"no run to resume in {settings.resume}", f"{SETTINGS} is missing: name a run's folder", USAGE
-        )
-    before = table(path, "train", engine.name)
-    if not before:
-        raise ImgtoolError(
-            f"the run in {settings.resume} is not of the {engine.name} engine",
-            f"{SETTINGS} there names its engine",
-            USAGE,
-        )
-    given = {name: getattr(settings, name) for name in settings.model_fields_set}
-    begun, found = make(type(settings), before, str(path)), make(type(settings), before | given, str(path))
-    _check_same_network(engine, begun, found)
-    repeat.check_same(begun, found)
-    return found
-
-
-def _check_same_network(engine: Engine, begun: Train, wanted: Train) -> None:
-    """Refuse to go on with another network or optimiser than those that a run began with."""
-    parts = dict.fromkeys(engine.model.model_fields, "network") | {"optimiser": "optimiser"}
-    for name, part in parts.items():
-        value = getattr(begun, name)
-        if getattr(wanted, name) != value:
-            flag = f"--{name.replace('_', '-')}"
-            what = f"the run was begun with {flag} {value}, and goes on with that {part} alone"
-            raise ImgtoolError(what, f"leave out {flag}, or begin anew", USAGE)
-
-
-def plan(engine: Engine, settings: Train) -> Mapping[str, object]:
-    """Return what ``--dry-run`` tells: where it would run, how large, how long, and what it writes."""
-    settings = resumed(engine, settings)
-    _wants_campaign(engine, settings)
-    net = engine.build(settings)
-    train, held_out = engine.data(settings)
-    return {
-        "device": str(compute.device(settings.device)),
-        "parameters": sum(p.numel() for p in net.parameters()),
-        **({"runs": settings.runs} if settings.runs > 1 else {}),
-        "steps": settings.steps,
-        "samples per epoch": len(train),
-        "held-out samples": len(held_out),
-        "output": str(run_folder(engine, settings)),
-    }
-
-
-def _wants_campaign(engine: Engine, settings: Train) -> bool:
-    wanted = engine.campaign is not None and engine.wants_campaign(settings)
-    if wanted and settings.runs > 1:
-        what = "--runs repeats one training, and these settings ask for many different ones"
-        raise ImgtoolError(what, "leave out --runs", USAGE)
-    return wanted
-
-
-def run(engine: Engine, settings: Train, console: Console) -> int:
-    """Train; the run folder then holds settings, log, weights, pictures and the state to resume.
-
-    Returns:
-        1 where one of repeated runs failed, else 0.
-
-    Raises:
-        ImgtoolError: For data that cannot be used, memory or a disk that does not do, or a run
-            whose loss is not finite any more.
-        KeyboardInterrupt: After the state was saved.
-    """
-    settings = resumed(engine, settings)
-    folder = run_folder(engine, settings)
-    campaign = _wants_campaign(engine, settings)
-    if not settings.resume and any((folder / name).exists() for name in (STATE, CAMPAIGN)):
-        raise ImgtoolError(
-            f"{folder} already holds a run",
-            f"go on with it by --resume {folder}, or name another folder by -o",
-        )
-    if engine.campaign is not None and campaign:
-        record = engine.campaign(settings, Crew(engine, settings, folder, console))
-        lines = [f"{name}: {value}" for name, value in record.items()]
-        console.result(record, "\n".join(lines))
-        return DONE
-    if settings.runs > 1:
-        return repeat.run(engine, settings, Crew(engine, settings, folder, console), console)
-    loop = Loop(engine, settings, folder, console)
-    loop.go()
-    return DONE
-
-
-class Crew:
-    """What an engine that trains many times is given: one training at a time, and words for the user."""
-
-    def __init__(self, engine: Engine, settings: Train, folder: Path, console: Console) -> None:
-        """Record the settings in the campaign's folder, so that --resume and --config find them."""
-        self.folder = folder
-        self._engine, self._console = engine, console
-        record = settings.changed(resume=None, out=None)
-        self.config = folder / SETTINGS
-        files.write(self.config, to_toml(record, "train", engine.name).encode())
-        files.write(folder / CAMPAIGN, json.dumps({"engine": engine.name}).encode())
-
-    def say(self, text: str) -> None:
-        """Say a line on standard error."""
-        self._console.say(text)
-
-    def train(self, settings: Train, name: str) -> Mapping[str, Any]:
-        """Train into the sub-folder ``name``, go on with what was interrupted, or tell what had ended.
-
-        Returns:
-            ``{"best": {...}, "folder", "weights"}`` as a run prints them.
-
-        Raises:
-            ImgtoolError: As ``run``.
-            KeyboardInterrupt: After the state was saved.
-        """
-        ended = self.ended(name)
-        if ended is not None:
-            return ended
-        folder = self.folder / name
-        resume = folder if self.begun(name) else None
-        loop = Loop(self._engine, settings.changed(resume=resume, out=None), folder, self._console.muted())
-        loop.home = self.folder
-        found = loop.go()
-        self.keep(name, found)
-        return found
-
-    def begun(self, name: str) -> bool:
-        """Tell whether the sub-folder holds a training to go on with."""
-        return (self.folder / name / STATE).exists()
-
-    def ended(self, name: str) -> Mapping[str, Any] | None:
-        """Return what the training in the sub-folder found; None where it has not ended."""
-        path = self.folder / name / DONE_FILE
-        return json.loads(files.read(path)) if path.exists() else None
-
-    def log(self, name: str) -> list[dict[str, Any]]:
-        """Return what the training in the sub-folder logged, a row for each epoch."""
-        return files.json_lines(self.folder / name / LOG)
-
-    def keep(self, name: str, found: Mapping[str, Any]) -> None:
-        """Record that the training in the sub-folder has ended, and what it found."""
-        files.write(self.folder / name / DONE_FILE, json.dumps(plain(found)).encode())
 
 
 def _differing(engine: Engine, settings: Train, weights: checkpoint.Weights) -> str:
@@ -266,6 +105,7 @@ class Loop:
         self.sums: dict[str, Tensor] = {}
         self.began = time.monotonic()
         self.interrupted = False
+        self.tracker: track.Tracker = track.Silent()
         if settings.resume:
             self._take_up(checkpoint.read_state(folder / STATE, STATES))
         if settings.compile:
@@ -355,6 +195,7 @@ class Loop:
         with (
             _signals(self),
             _explained(),
+            track.begin(self.engine, self.settings, self.folder, self.console.say) as self.tracker,
             self.console.progress(self.settings.steps, f"train {self.engine.name}") as progress,
         ):
             progress.advance(self.step)
@@ -367,6 +208,8 @@ class Loop:
                     self._write_settings()  # not before: what was given now may not even run
                 if self._after_step(progress):
                     break
+            if self.best:
+                self.tracker.model(self.folder / BEST, self.best)
         return self._finish()
 
     def _write_settings(self) -> None:
@@ -407,7 +250,7 @@ class Loop:
                 saved, there are weights that can be used, and the hint says how to go on.
         """
         try:
-            yield from _load(self.train, Numbers(self.stages, self.step), self.settings.workers)
+            yield from load(self.train, Numbers(self.stages, self.step), self.settings.workers)
         except ImgtoolError as fault:
             if self.step:
                 self._save()
@@ -443,6 +286,9 @@ class Loop:
             self._average()
             self.bad = 0
             self._count({"loss": loss, **terms, "": torch.ones((), device=self.device)})
+            self.tracker.step(
+                self.step + 1, {"loss": loss, **terms, "lr": learning_rate(self.step, self.settings)}
+            )
         else:
             self._skip()
         self.scaler.update()
@@ -496,6 +342,7 @@ class Loop:
         }
         self._write_log([*self._rows(), row])
         self._judge(row)
+        self.tracker.epoch(row)
         self._draw(epoch, pictures)
         text = f"epoch {epoch}  step {self.step}  loss {row['loss']:.5f}  " + "  ".join(
             f"{k} {v:.4g}" for k, v in scores.items()
@@ -518,7 +365,7 @@ class Loop:
         """Yield the held-out data, all of it once."""
         size = min(self.settings.batch, 8)
         whole, rest = divmod(len(self.held_out), size)
-        for batch in _load(self.held_out, Numbers(((whole, size), (min(rest, 1), rest))), 0):
+        for batch in load(self.held_out, Numbers(((whole, size), (min(rest, 1), rest))), 0):
             yield _to(batch, self.device)
 
     def _judge(self, row: Mapping[str, Any]) -> None:
@@ -540,7 +387,9 @@ class Loop:
         checkpoint.save_weights(self.folder / BEST, self.engine, self.settings, self.ema.state_dict(), about)
 
     def _draw(self, epoch: int, pictures: Mapping[str, Tensor]) -> None:
-        plots.curves(self._rows(), self.folder / "curves.png", title=f"{self.engine.name} {self.folder.name}")
+        curves = self.folder / "curves.png"
+        plots.curves(self._rows(), curves, title=f"{self.engine.name} {self.folder.name}")
+        self.tracker.picture(curves, self.step)
         self._sheet(pictures, f"epoch-{epoch:04d}", f"epoch {epoch}")
 
     @torch.inference_mode()
@@ -556,7 +405,9 @@ class Loop:
             label: value.permute(0, 2, 3, 1).float().clamp(0, 1).cpu().numpy()
             for label, value in pictures.items()
         }
-        sheets.sheet(images, self.folder / "samples" / f"{name}.png", title=title)
+        path = self.folder / "samples" / f"{name}.png"
+        sheets.sheet(images, path, title=title)
+        self.tracker.picture(path, self.step)
 
     def _finish(self) -> dict[str, Any]:
         if not self.best:
@@ -587,171 +438,10 @@ def portable(settings: Train) -> dict[str, Any]:
     return {name: short(value) for name, value in settings.model_dump().items()}
 
 
-class Phases:
-    """What of a network learns when: a frozen part, all or the end of which learns from some epoch on.
-
-    Attributes:
-        parameters: The parameters that always learn, and those of the frozen part where there is one.
-        opens: Step from which on the frozen part learns, None for never.
-    """
-
-    def __init__(self, net: nn.Module, settings: Train) -> None:
-        """Split a network as the settings say.
-
-        Raises:
-            ImgtoolError: Code 2, for a prefix that freezes nothing, as a typing error would, or
-                everything, and for a share in which there is nothing to learn.
-        """
-        prefix = settings.freeze
-        names = [name for name, _ in net.named_parameters()]
-        frozen = [name for name in names if prefix and name.startswith(prefix)]
-        if prefix and len(frozen) in (0, len(names)):
-            raise ImgtoolError(
-                f"--freeze {prefix} fits {'every' if frozen else 'no'} parameter",
-                "their names begin with: " + ", ".join(sorted({name.partition(".")[0] for name in names})),
-                USAGE,
-            )
-        self._norms = _norms(net, prefix) if prefix and settings.frozen_norm else {}
-        fixed = {f"{name}.{each}" for name in self._norms for each in ("weight", "bias")}
-        opened = set(frozen[-math.ceil(settings.unfreeze_share * len(frozen)) :]) - fixed if frozen else set()
-        by_name = dict(net.named_parameters())
-        free = [value for name, value in by_name.items() if name not in frozen]
-        self._frozen = [(by_name[name], name in opened) for name in frozen]
-        self.parameters = [free, [by_name[name] for name in frozen]] if frozen else [free]
-        opening = bool(frozen) and settings.unfreeze_epoch > 0
-        self.opens = (settings.unfreeze_epoch - 1) * settings.epoch_steps if opening else None
-        if opening and not opened:
-            raise ImgtoolError(
-                f"--unfreeze-share {settings.unfreeze_share:g} opens nothing but batch normalisation",
-                "take a larger share",
-                USAGE,
-            )
-
-    def enter(self, step: int) -> None:
-        """Let the parameters learn that do so at a step; the network is in training mode before."""
-        is_open = self.opens is not None and step >= self.opens
-        for parameter, opened in self._frozen:
-            parameter.requires_grad_(is_open and opened)
-        for norm in self._norms.values():
-            norm.eval()
-
-    def last(self, steps: int) -> bool:
-        """Tell whether the last of a number of steps was in the last phase."""
-        return self.opens is None or steps > self.opens
-
-
-def _norms(net: nn.Module, prefix: str) -> dict[str, nn.Module]:
-    """Return the layers below a prefix that keep statistics: batch and instance normalisation."""
-    kinds = nn.modules.batchnorm._NormBase
-    return {
-        name: module
-        for name, module in net.named_modules()
-        if f"{name}.".startswith(prefix) and isinstance(module, kinds)
-    }
-
-
-class _Guarded(Dataset[Any]):
-    """Hands a user's fault on as a sample: torch would remake it from the text of its traceback."""
-
-    def __init__(self, examples: Examples) -> None:
-        self.examples = examples
-
-    def __getitem__(self, number: int) -> Any:
-        try:
-            return self.examples[number]
-        except ImgtoolError as fault:
-            return fault
-
-
-def _collate(samples: Sequence[Any]) -> Any:
-    faults = [sample for sample in samples if isinstance(sample, ImgtoolError)]
-    return faults[0] if faults else default_collate(list(samples))
-
-
 def _checked(stages: Stages, steps: int) -> Stages:
     if sum(each for each, _ in stages) != steps:
         raise ValueError(f"the stages {stages} are not those of {steps} steps")
     return stages
-
-
-@dataclass(frozen=True)
-class Numbers:
-    """The sample numbers of every batch of a run, made as they are asked for.
-
-    Attributes:
-        stages: Steps and samples per step of each part of the run.
-        start: Step to begin at.
-    """
-
-    stages: Stages
-    start: int = 0
-
-    def __iter__(self) -> Iterator[list[int]]:
-        """Yield batch after batch: each has the numbers that follow those of the step before."""
-        first, past = 0, self.start
-        for steps, size in self.stages:
-            gone = min(past, steps)
-            past -= gone
-            first += gone * size
-            for _ in range(steps - gone):
-                yield list(range(first, first + size))
-                first += size
-
-    def __len__(self) -> int:
-        """Return the number of batches."""
-        return max(sum(steps for steps, _ in self.stages) - self.start, 0)
-
-
-def _load(examples: Examples, numbers: Numbers, workers: int) -> Iterator[Any]:
-    """Yield the batches of the given sample numbers, in their order.
-
-    Raises:
-        ImgtoolError: As the data set raised it, also from another process.
-    """
-    loader = DataLoader(
-        _Guarded(examples),
-        batch_sampler=numbers,
-        num_workers=workers,
-        collate_fn=_collate,
-        worker_init_fn=_start_worker if workers else None,
-        prefetch_factor=4 if workers else None,
-        pin_memory=torch.cuda.is_available(),
-        # Else each loader, and so each resume, would draw from the run's own random numbers.
-        generator=torch.Generator(),
-    )
-    batches = iter(loader)
-    if workers and hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
-        # Torch's own handler raises wherever the run is, even amid saving; it also looks when it waits.
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    while (batch := _next(batches)) is not None:
-        if isinstance(batch, ImgtoolError):
-            raise batch
-        yield batch
-
-
-def _next(batches: Iterator[Any]) -> Any:
-    """Return the next batch, or None; turn the end of a process that should make it into advice."""
-    try:
-        return next(batches, None)
-    except (RuntimeError, ConnectionError, EOFError) as fault:
-        # What ends while it hands over a batch is seen as a broken connection. A fault of the data
-        # set itself begins with "Caught", and is a bug.
-        lost = str(fault).startswith("DataLoader worker")
-        if str(fault).startswith("Caught") or (isinstance(fault, RuntimeError) and not lost):
-            raise
-        raise ImgtoolError(
-            "a process that prepares data was killed, perhaps for its memory", "lower --workers"
-        ) from None
-
-
-def _start_worker(number: int) -> None:
-    """Leave Ctrl-C to the main process, which may still need its data, and one core to each worker.
-
-    SIGTERM must end a worker: by it the main process, when it ends, ends those that still wait.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    torch.set_num_threads(1)
 
 
 @contextmanager

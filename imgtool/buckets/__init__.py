@@ -1,0 +1,107 @@
+"""Folders elsewhere: ``gs://``, ``s3://``, ``hf://`` and ``https://`` where a folder is named.
+
+What is read is fetched into the cache, in parallel, and checked; what is written is sent when it is whole.
+Nothing here is imported before a URL is met.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from imgtool.errors import USAGE, ImgtoolError
+
+SCHEMES = ("gs", "s3", "hf", "https", "http")
+_URL = re.compile(rf"^({'|'.join(SCHEMES)}):/+(?=[^/])")
+
+
+def is_url(text: object) -> bool:
+    """Return whether a word, or a path made of one, names a folder elsewhere.
+
+    >>> is_url("s3://bucket/photos"), is_url(Path("gs://bucket")), is_url("C:/photos"), is_url("photos")
+    (True, True, False, False)
+    """
+    return isinstance(text, str | Path) and _URL.match(str(text)) is not None
+
+
+def url(text: str | Path) -> str:
+    """Return a URL as it was typed: a path made of one has lost a slash.
+
+    >>> url(Path("s3://bucket/photos"))
+    's3://bucket/photos'
+    """
+    return _URL.sub(r"\1://", str(text))
+
+
+@dataclass(frozen=True)
+class Found:
+    """A file elsewhere.
+
+    Attributes:
+        path: Its path below the folder that was listed, with slashes; of a single file, its name.
+        size: Bytes; -1 where that is not told before it is read.
+        tag: What changes whenever the content does (ETag, hash or date); "" where no such thing is told.
+        digests: Name of a hash ("md5", "sha256", "git-sha1") to its value in hexadecimal, where told.
+    """
+
+    path: str
+    size: int = -1
+    tag: str = ""
+    digests: tuple[tuple[str, str], ...] = ()
+
+
+class Place(Protocol):
+    """A folder, or a single file, elsewhere. Methods may be called from many threads at once.
+
+    All raise ``ImgtoolError`` in plain words: no such bucket, no permission (and how to give it), no network.
+    """
+
+    def list(self) -> list[Found]:
+        """Return every file below, by name; one where the URL is a file; [] where there is nothing."""
+        ...
+
+    def read(self, found: Found, begin: int, end: int) -> bytes:
+        """Return bytes ``begin`` to ``end`` (excluded) of a file, all of them.
+
+        Raises:
+            Interrupted: The connection broke, or the server was too busy: asking again may help.
+            ImgtoolError: Asking again does not help: it is gone, it has changed, it may not be read.
+        """
+        ...
+
+    def whole(self, found: Found) -> bytes:
+        """Return a file of any, perhaps unknown, size in one request; raises as ``read``."""
+        ...
+
+    def write(self, source: Path, path: str) -> None:
+        """Send a file of this machine, to a path below."""
+        ...
+
+    def url(self, path: str) -> str:
+        """Return the URL of a path below."""
+        ...
+
+
+class Interrupted(Exception):
+    """A connection broke, or a server had no time; the same request may succeed later."""
+
+
+_PLACES = {"s3": "stores", "gs": "stores", "hf": "web", "https": "web", "http": "web"}
+
+
+def open(text: str | Path) -> Place:
+    """Return the place that a URL names; nothing is asked of it yet.
+
+    Raises:
+        ImgtoolError: Code 2: no URL, or one without a bucket. Code 1: an extra is not installed.
+    """
+    if not is_url(text):
+        raise ImgtoolError(
+            f"{text} is no URL", "URLs begin with " + ", ".join(f"{s}://" for s in SCHEMES), USAGE
+        )
+    name = url(text)
+    place: Place = importlib.import_module(f"imgtool.buckets.{_PLACES[name.partition(':')[0]]}").open(name)
+    return place

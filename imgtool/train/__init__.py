@@ -1,0 +1,126 @@
+"""The verb ``train``: one loop for all engines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from imgtool import compute, repeat
+from imgtool.engine import Engine
+from imgtool.errors import DONE, USAGE, ImgtoolError
+from imgtool.settings import Train, make, table
+from imgtool.train.crew import CAMPAIGN, DONE_FILE, Crew
+from imgtool.train.feeding import Numbers
+from imgtool.train.loop import BEST, LOG, SETTINGS, STATE, STATES, Loop, learning_rate, portable
+from imgtool.train.phases import Phases
+
+if TYPE_CHECKING:
+    from imgtool.console import Console
+
+__all__ = [
+    "BEST", "CAMPAIGN", "DONE_FILE", "LOG", "SETTINGS", "STATE", "STATES", "Crew", "Loop", "Numbers",
+    "Phases", "learning_rate", "plan", "portable", "resumed", "run", "run_folder",
+]  # fmt: skip
+
+
+def run_folder(engine: Engine, settings: Train) -> Path:
+    """Return the folder that a run writes into."""
+    if settings.resume:
+        return settings.resume
+    return settings.out or Path("runs") / engine.name / datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
+
+
+def resumed(engine: Engine, settings: Train) -> Train:
+    """Return the settings of the run to resume, with what was given now laid over them.
+
+    Raises:
+        ImgtoolError: Code 2, where the folder holds no run of this engine.
+    """
+    if not settings.resume:
+        return settings
+    path = settings.resume / SETTINGS
+    if not path.is_file():
+        raise ImgtoolError(
+            f"no run to resume in {settings.resume}", f"{SETTINGS} is missing: name a run's folder", USAGE
+        )
+    before = table(path, "train", engine.name)
+    if not before:
+        raise ImgtoolError(
+            f"the run in {settings.resume} is not of the {engine.name} engine",
+            f"{SETTINGS} there names its engine",
+            USAGE,
+        )
+    given = {name: getattr(settings, name) for name in settings.model_fields_set}
+    begun, found = make(type(settings), before, str(path)), make(type(settings), before | given, str(path))
+    _check_same_network(engine, begun, found)
+    repeat.check_same(begun, found)
+    return found
+
+
+def _check_same_network(engine: Engine, begun: Train, wanted: Train) -> None:
+    """Refuse to go on with another network or optimiser than those that a run began with."""
+    parts = dict.fromkeys(engine.model.model_fields, "network") | {"optimiser": "optimiser"}
+    for name, part in parts.items():
+        value = getattr(begun, name)
+        if getattr(wanted, name) != value:
+            flag = f"--{name.replace('_', '-')}"
+            what = f"the run was begun with {flag} {value}, and goes on with that {part} alone"
+            raise ImgtoolError(what, f"leave out {flag}, or begin anew", USAGE)
+
+
+def plan(engine: Engine, settings: Train) -> Mapping[str, object]:
+    """Return what ``--dry-run`` tells: where it would run, how large, how long, and what it writes."""
+    settings = resumed(engine, settings)
+    _wants_campaign(engine, settings)
+    net = engine.build(settings)
+    train, held_out = engine.data(settings)
+    return {
+        "device": str(compute.device(settings.device)),
+        "parameters": sum(p.numel() for p in net.parameters()),
+        **({"runs": settings.runs} if settings.runs > 1 else {}),
+        "steps": settings.steps,
+        "samples per epoch": len(train),
+        "held-out samples": len(held_out),
+        "output": str(run_folder(engine, settings)),
+    }
+
+
+def _wants_campaign(engine: Engine, settings: Train) -> bool:
+    wanted = engine.campaign is not None and engine.wants_campaign(settings)
+    if wanted and settings.runs > 1:
+        what = "--runs repeats one training, and these settings ask for many different ones"
+        raise ImgtoolError(what, "leave out --runs", USAGE)
+    return wanted
+
+
+def run(engine: Engine, settings: Train, console: Console) -> int:
+    """Train; the run folder then holds settings, log, weights, pictures and the state to resume.
+
+    Returns:
+        1 where one of repeated runs failed, else 0.
+
+    Raises:
+        ImgtoolError: For data that cannot be used, memory or a disk that does not do, or a run
+            whose loss is not finite any more.
+        KeyboardInterrupt: After the state was saved.
+    """
+    settings = resumed(engine, settings)
+    folder = run_folder(engine, settings)
+    campaign = _wants_campaign(engine, settings)
+    if not settings.resume and any((folder / name).exists() for name in (STATE, CAMPAIGN)):
+        raise ImgtoolError(
+            f"{folder} already holds a run",
+            f"go on with it by --resume {folder}, or name another folder by -o",
+        )
+    if engine.campaign is not None and campaign:
+        record = engine.campaign(settings, Crew(engine, settings, folder, console))
+        lines = [f"{name}: {value}" for name, value in record.items()]
+        console.result(record, "\n".join(lines))
+        return DONE
+    if settings.runs > 1:
+        return repeat.run(engine, settings, Crew(engine, settings, folder, console), console)
+    loop = Loop(engine, settings, folder, console)
+    loop.go()
+    return DONE
