@@ -14,8 +14,9 @@ INTRODUCTION = """\
 Made by `make docs` from the settings of each command; do not edit it by hand.
 
 Every command is `imgtool VERB ENGINE`, with an action between them where the verb is `data`;
-`imgtool data inspect` takes no engine. Results go to standard output, everything else to standard
-error. Exit codes: 0 done, 1 the work failed, 2 asked wrongly, 130 interrupted.
+`imgtool data inspect` and `imgtool data fetch` take no engine. Results go to standard output,
+everything else to standard error. Exit codes: 0 done, 1 the work failed, 2 asked wrongly, 130
+interrupted.
 
 Settings come from, in rising order: the defaults below, `--preset NAME`, `./imgtool.toml`,
 `--config FILE` (or the file that `IMGTOOL_CONFIG` names), the environment (`IMGTOOL_DEVICE`,

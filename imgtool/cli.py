@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import typer
 import typer.main
 
-from imgtool import __version__, engines
+from imgtool import __version__, engines, places
 from imgtool.console import Console
 from imgtool.errors import DONE, INTERRUPTED, USAGE, ImgtoolError
 from imgtool.flags import Command, Flag, commands, flags, general
@@ -79,18 +79,22 @@ def perform(command: Command, given: Mapping[str, Any]) -> int:
     Returns:
         The exit code.
     """
-    console = Console(json=bool(given["json"]), quiet=bool(given["quiet"]), verbose=bool(given["verbose"]))
+    quiet = bool(given["quiet"]) or places.rank() > 0  # of many processes, the first speaks
+    console = Console(json=bool(given["json"]), quiet=quiet, verbose=bool(given["verbose"]))
     preset = given.get("preset") or ""
     flagged = _given(command.settings, given)
     settings = resolve(command.settings, command.verb, command.table, flagged, given["config"], preset)
     _limit_threads(settings)
     console.say(f"imgtool {command.words}: starting")
     verb = importlib.import_module(f"imgtool.{command.verb}")
-    engine = engines.load(command.engine)
+    engine = engines.load(command.engine) if command.engine else None
     subject = (engine, command.action) if command.action else (engine,)
+    remote = places.urls(settings)
     if given["dry_run"]:
-        return _show(command, settings, verb.plan(*subject, settings), console)
-    code: int = verb.run(*subject, settings, console)
+        plan = places.plan(settings) if remote else verb.plan(*subject, settings)
+        return _show(command, settings, plan, console)
+    with places.local(settings, console) as settings:
+        code: int = verb.run(*subject, settings, console)
     return code
 
 

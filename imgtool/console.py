@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
 from imgtool.errors import USAGE, ImgtoolError
+from imgtool.names import shown
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -29,14 +30,17 @@ def plain(value: Any) -> Any:
         return plain(value.tolist())
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    if value is None or isinstance(value, bool | int | str):
+    if isinstance(value, str):
+        return shown(value)
+    if value is None or isinstance(value, bool | int):
         return value
-    return str(value)
+    return shown(str(value))
 
 
 def _write(stream: TextIO, text: str) -> None:
     """Write a line at once; what the stream's encoding lacks is written as an escape."""
     encoding = stream.encoding or "utf-8"
+    text = shown(text)
     with _told():
         stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
         stream.flush()

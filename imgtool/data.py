@@ -3,46 +3,53 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
-from imgtool import compute
-from imgtool.engine import Engine, Watch
+from imgtool.engine import Engine, Watch, later
 from imgtool.errors import DONE, FAILED
-from imgtool.settings import Data
+from imgtool.settings import Data, Settings
 
 if TYPE_CHECKING:
     from imgtool.console import Console
 
 WIDEST = 60
 """Letters of a list that stays on one line."""
+ACTIONS: Mapping[str, Callable[..., Mapping[str, object]]] = {
+    "fetch": later("imgtool.buckets.fetch", "action")
+}
+"""What belongs to no engine."""
 
 
-def plan(engine: Engine, action: str, settings: Data) -> Mapping[str, object]:
+def plan(engine: Engine | None, action: str, settings: Settings) -> Mapping[str, object]:
     """Return what ``--dry-run`` tells."""
     out = getattr(settings, "out", None)
     return {"action": _words(engine, action, settings)} | ({"output": str(out)} if out else {})
 
 
-def _words(engine: Engine, action: str, settings: Data) -> str:
+def _words(engine: Engine | None, action: str, settings: Settings) -> str:
     """Return the words that were typed: an action that stands alone needs no engine's name."""
-    return action if getattr(settings, "alone", False) else f"{action} {engine.name}"
+    return f"{action} {engine.name}" if engine and not getattr(settings, "alone", False) else action
 
 
-def run(engine: Engine, action: str, settings: Data, console: Console) -> int:
+def run(engine: Engine | None, action: str, settings: Settings, console: Console) -> int:
     """Run one action; its record is the result, and any fault in it means exit code 1."""
-    compute.use_threads(settings.threads)
+    if isinstance(settings, Data):
+        from imgtool import compute
+
+        compute.use_threads(settings.threads)
+    work: Any = engine.actions[action] if engine else ACTIONS[action]
     with console.progress(100, f"data {_words(engine, action, settings)}") as bar:
         percent = 0
 
         def done(finished: int, total: int) -> None:
             nonlocal percent
-            now = 100 * finished // total
+            now = 100 * finished // max(total, 1)
             bar.advance(now - percent)
             bar.update(f"{finished}/{total}")
             percent = now
 
-        record = engine.actions[action](settings, Watch(done, console.say))
+        record = work(settings, Watch(done, console.say))
     faults = record.get("faults")
     text = record.get("text")  # the same, as people like to read it
     record = {name: value for name, value in record.items() if name != "text"}

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from imgtool.images import Photo
     from imgtool.port import Port
+    from imgtool.search.task import Task
     from imgtool.settings import Settings
 
     Pixels = npt.NDArray[Any]
@@ -304,9 +305,12 @@ class Engine:
         wants_survey: Whether the settings ask for it.
         describe: ``(training set) -> facts`` that the weights' header keeps of what they were trained on.
         campaign: ``(settings, crew) -> record``, called instead of one training where
-            ``wants_campaign(settings)``: cross-validation, search. It can be interrupted and resumed:
+            ``wants_campaign(settings)``: cross-validation. It can be interrupted and resumed:
             ``crew.train`` does not repeat what has ended.
         wants_campaign: Whether the settings ask for it.
+        search: ``(settings) -> search.task.Task``, for an engine that searches in a space or measures in a
+            way of its own. Without it, settings of ``train`` are searched as ``space.toml`` beside
+            the engine says.
         stages: ``(settings) -> [(steps, batch), ...]``: parts of a run one after another, with their samples
             per step; their steps add up to ``settings.steps``. ``samples.stage_of`` tells a data set the
             stage of a sample number. Patience counts in the last stage alone.
@@ -363,6 +367,7 @@ class Engine:
     describe: Callable[[Any], Mapping[str, Any]] = lambda examples: {}
     campaign: Callable[[Any, Crew], Mapping[str, Any]] | None = None
     wants_campaign: Callable[[Any], bool] = lambda settings: False
+    search: Callable[[Any], Task] | None = None
     stages: Callable[[Any], Sequence[tuple[int, int]]] = lambda settings: ((settings.steps, settings.batch),)
     enough: Callable[[Sequence[Mapping[str, Any]], Any], str] = lambda rows, settings: ""
     prepare: Callable[[Path, Any], object] | None = None

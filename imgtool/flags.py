@@ -9,7 +9,7 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 from imgtool import engines
-from imgtool.settings import PANELS, VERBS, Settings, declared, presets
+from imgtool.settings import ACTIONS, PANELS, VERBS, Settings, declared, presets
 
 GENERAL = "General"
 CONFIG_HELP = "Settings file; --no-SWITCH turns off a switch that it turns on. Its table is"
@@ -23,7 +23,7 @@ class Command:
 
     Attributes:
         verb: "train", "infer", ...
-        engine: "deblur", ...
+        engine: "deblur", ...; "" for an action that belongs to none.
         action: The word between them, which only ``data`` has.
         settings: Class of its settings. One whose ``alone`` is true makes the action a command by itself,
             and the engine's name is not typed.
@@ -43,7 +43,7 @@ class Command:
     @property
     def table(self) -> str:
         """Name of the settings' TOML table within that of the verb."""
-        return f"{self.action}.{self.engine}" if self.action else self.engine
+        return ".".join(word for word in (self.action, self.engine) if word)
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def alone(cls: type[Settings] | None) -> bool:
 
 
 def commands(words: Sequence[str] = ()) -> Iterator[Command]:
-    """Yield every command: each verb with each engine that has settings for it.
+    """Yield every command: each verb with each engine that has settings for it, then what needs no engine.
 
     Args:
         words: Where they begin with the words of one command, that one alone is yielded.
@@ -105,11 +105,15 @@ def commands(words: Sequence[str] = ()) -> Iterator[Command]:
                     yield Command(verb, engine, action, cls)
             elif hasattr(module, verb.capitalize()):
                 yield Command(verb, engine, "", getattr(module, verb.capitalize()))
+    if "data" in verbs and (len(names) != 1):
+        yield from (Command("data", "", action, cls) for action, cls in ACTIONS.items())
 
 
 def _named(words: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
     """Return the verbs and the engines that what was typed names, all of them where it names no command."""
     verb = words[0] if words and words[0] in VERBS else ""
+    if verb == "data" and words[1:2] and words[1] in ACTIONS:
+        return [verb], []
     if verb == "data":
         engine = _acting(*words[1:3])
     else:

@@ -309,7 +309,7 @@ def front(
         path: The file to write.
         title: Line at the top.
         labels: What x and y are, with their units.
-        limit: Largest x that is allowed.
+        limit: Largest x that is allowed; 0 is none.
 
     Raises:
         ImgtoolError: The file cannot be written.
@@ -321,7 +321,8 @@ def front(
     known = {number: (x, y) for number, (x, y) in points.items() if math.isfinite(x + y)}
     right = 1.1 * max([limit, *(x for x, _ in known.values())])
     axes.set_xlim(0, right)
-    axes.axvline(limit, color=PALETTE[4], linewidth=1, linestyle=(0, (4, 3)), label=f"limit {limit:g}")
+    if limit:
+        axes.axvline(limit, color=PALETTE[4], linewidth=1, linestyle=(0, (4, 3)), label=f"limit {limit:g}")
     grey: dict[str, Any] = {"color": "#9ca3af", "linestyle": ""}
     axes.plot(*_columns(known.values()), marker="o", label=f"tried: {len(known)}", **grey)
     corners = _columns(known[number] for number in best)

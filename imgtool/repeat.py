@@ -230,7 +230,7 @@ class Processes:
     ) -> None:
         """Take what has ended before from the crew's folder."""
         self.engine, self.settings, self.crew, self.console = engine, settings, crew, console
-        before = {name: crew.ended(name) for name in every}
+        before = {name: self.ended(name) for name in every}
         self.found: dict[str, Found] = {name: ended for name, ended in before.items() if ended is not None}
         self.failed: dict[str, str] = {}
         self._waiting = deque((name, each) for name, each in every.items() if name not in self.found)
@@ -254,7 +254,7 @@ class Processes:
             ImgtoolError: What was asked wrongly, as every run would find.
             KeyboardInterrupt: After the states were saved.
         """
-        steps = self.settings.steps
+        steps = self.steps
         with (
             self._signals(),
             self.console.progress(steps * (len(self._waiting) + len(self.found)), "train") as bar,
@@ -280,26 +280,49 @@ class Processes:
 
     def command(self, name: str, settings: Train) -> list[str]:
         """Return the words that begin a run, or go on with it."""
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        threads = max((settings.threads or cores) // self._at_once, 1)
         # Flags, where the environment or another file of settings would win over this one.
-        flags = {
-            "config": self.crew.config,
-            "seed": settings.seed,
-            "threads": threads,
+        flags = self.flags(name, settings) | {
+            "threads": self.threads,
             "device": settings.device,
             "runs": 1,
             "parallel": 1,
-            "resume" if self.crew.begun(name) else "out": self.crew.folder / name,
         }
         words = [sys.executable, "-m", "imgtool", "train", self.engine, "--json"]
         words += ["--quiet"] * self.console.quiet
         return words + [f"--{flag}={value}" for flag, value in flags.items()]
 
+    def flags(self, name: str, settings: Train) -> dict[str, Any]:
+        """Return what tells a run from the others."""
+        where = "resume" if self.crew.begun(name) else "out"
+        return {"config": self.crew.config, "seed": settings.seed, where: self.crew.folder / name}
+
+    def about(self, settings: Train) -> str:
+        """Return what is said when a run begins."""
+        return f"seed {settings.seed}"
+
+    def ended(self, name: str) -> Found | None:
+        """Return what a run had found before, None where it has not ended."""
+        return self.crew.ended(name)
+
+    def keep(self, name: str, found: Found) -> None:
+        """Take down that a run has ended."""
+        self.crew.keep(name, found)
+
+    @property
+    def steps(self) -> int:
+        """Steps of a run, for the bar."""
+        return self.settings.steps
+
+    @property
+    def threads(self) -> int:
+        """Each run's share of the threads."""
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return max((self.settings.threads or cores) // self._at_once, 1)
+
     def _fill(self) -> None:
         while self._waiting and len(self._running) < self._at_once:
             name, settings = self._waiting.popleft()
-            self.console.say(f"{name}: seed {settings.seed}")
+            self.console.say(f"{name}: {self.about(settings)}")
             process = subprocess.Popen(
                 self.command(name, settings),
                 stdin=subprocess.DEVNULL,
@@ -341,10 +364,10 @@ class Processes:
         """Take down what a run whose process has ended found, or what went wrong."""
         process = self._running.pop(name)
         code = process.wait()
-        bar.advance(self.settings.steps - self._steps.get(name, 0))
+        bar.advance(self.steps - self._steps.get(name, 0))
         if code == DONE and name in self._results:
             self.found[name] = self._results[name]
-            self.crew.keep(name, self.found[name])
+            self.keep(name, self.found[name])
         elif not self._interrupted:
             words = (
                 f"its process was ended by signal {-code}"

@@ -16,7 +16,7 @@ import tomli
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 
-from imgtool import engines
+from imgtool import buckets, engines, names
 from imgtool.errors import USAGE, ImgtoolError
 
 VERBS: Mapping[str, str] = {
@@ -167,7 +167,7 @@ class Train(Common):
     track_to: Place = setting(
         "",
         "Where to: MLflow's server or store, the folder of the others [default: MLFLOW_TRACKING_URI, else "
-        "sqlite:///runs/mlflow.db; runs/wandb; the run folder].",
+        "sqlite:///runs/mlflow.db; of wandb runs/, of tensorboard the run folder].",
         panel=TRACKING,
     )
     experiment: str = setting(
@@ -384,6 +384,30 @@ class Data(Common):
     """Make or check data."""
 
 
+class Fetch(Settings):
+    """Download a folder from a bucket or the web: in parallel, checked, and resumed where it stopped."""
+
+    example: ClassVar[str] = "imgtool data fetch s3://bucket/photos -o photos"
+    url: str = setting(
+        ..., "Folder or file: gs://, s3://, hf:// or https://.", panel=FILES, argument=True, min_length=1
+    )
+    out: Path = setting(..., "Folder for the files and their manifest.", panel=FILES, short="-o")
+    suffix: tuple[str, ...] = setting((), "Only files that end so, such as .jpg.", panel=FILES)
+    force: bool = setting(
+        False, "Overwrite files that were there before or were changed since.", panel=FILES, short="-f"
+    )
+    check: bool = setting(
+        False,
+        "Download nothing: compare what lies there with the manifest, by size and SHA-256.",
+        panel=FILES,
+    )
+    jobs: int = setting(32, "Downloads at a time.", ge=1, le=1024)
+
+
+ACTIONS: Mapping[str, type[Settings]] = {"fetch": Fetch}
+"""Actions of ``data`` that belong to no engine."""
+
+
 def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
     """Return a hint that names the nearest known word, or all of them."""
     import difflib
@@ -413,7 +437,7 @@ def _tables(path: Path) -> dict[str, Any]:
 def _known(verb: str) -> set[str]:
     """Return the words that may follow a verb in the name of a table."""
     if verb == "data":
-        return {action for name in engines.SUMMARY for action in engines.settings(name).ACTIONS}
+        return {action for name in engines.SUMMARY for action in engines.settings(name).ACTIONS} | {*ACTIONS}
     return set(engines.SUMMARY)
 
 
@@ -448,7 +472,7 @@ def table(path: Path, verb: str, engine: str) -> dict[str, Any]:
     _check_words(tables, VERBS, path)
     for word, found in tables.items():
         _check_words(found, _known(word), path, f"{word}.")
-        for action in found if word == "data" else ():
+        for action in found.keys() - ACTIONS if word == "data" else ():
             _check_words(found[action], engines.SUMMARY, path, f"{word}.{action}.")
     picked = _pick(tables, (verb, *engine.split(".")))
     if not isinstance(picked, dict):
@@ -557,12 +581,25 @@ def resolve(
 
 
 def to_toml(settings: Settings, verb: str, engine: str) -> str:
-    """Write settings as a TOML table that ``--config`` reads back; unset ones are left out."""
+    """Write settings as a TOML table that ``--config`` reads back; unset ones are left out.
+
+    What stands for a folder elsewhere is written as its URL.
+    """
     import tomli_w
 
     nested: dict[str, Any] = {
-        name: value for name, value in settings.model_dump(mode="json").items() if value is not None
+        name: _elsewhere(value)
+        for name, value in settings.model_dump(mode="json").items()
+        if value is not None
     }
     for word in reversed([verb, *engine.split(".")]):
         nested = {word: nested}
     return tomli_w.dumps(nested)
+
+
+def _elsewhere(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_elsewhere(each) for each in value]
+    if buckets.is_url(value):  # as a path, it has lost a slash
+        return buckets.url(value)
+    return names.shown(value) if isinstance(value, str) else value

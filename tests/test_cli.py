@@ -108,10 +108,11 @@ def test_an_action_that_stands_alone_is_typed_without_an_engine(
 def test_alone_it_is_the_only_action_of_its_name() -> None:
     names = [command.action for command in COMMANDS if command.verb == "data"]
     alone = [command for command in COMMANDS if command.words == f"data {command.action}"]
-    assert [(command.action, command.engine) for command in alone] == [("inspect", "isp")]
+    assert [(command.action, command.engine) for command in alone] == [("inspect", "isp"), ("fetch", "")]
     assert all(names.count(command.action) == 1 for command in alone)
     assert {command.engine for command in commands(["data", "inspect", "lens"])} == {"isp"}
-    assert {command.engine for command in commands(["data", "inspct"])} == set(engines.SUMMARY)
+    assert {command.engine for command in commands(["data", "inspct"])} == {*engines.SUMMARY, ""}
+    assert [command.words for command in commands(["data", "fetch", "s3://bucket"])] == ["data fetch"]
 
 
 def test_files_presets_and_switches_turned_off(verb: Callable[..., list[Any]]) -> None:
@@ -325,6 +326,7 @@ def test_the_reference_is_fresh() -> None:
     assert (ROOT / "docs" / "cli.md").read_text(encoding="utf-8") == made, stale
 
 
+@pytest.mark.slow
 def test_a_whole_command_imports_the_settings_of_its_engine_alone() -> None:
     program = (
         "import sys\nfrom imgtool import cli\n"

@@ -388,6 +388,7 @@ def test_a_line_has_the_colour_of_its_cloud_and_ends_at_a_gap(tmp_path):
     assert 0 < count["gap"] < count["whole"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "points",
     [

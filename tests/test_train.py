@@ -144,6 +144,7 @@ def test_terminating_all_processes_saves_as_well(photographs: Path, unbroken: Pa
     _stopped_and_resumed(photographs, unbroken, tmp_path / "run", signal.SIGTERM)
 
 
+@pytest.mark.slow
 def test_the_run_folder_and_the_json_lines(unbroken: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert {path.name for path in unbroken.iterdir()} == {
         "settings.toml", "log.jsonl", "last.pt", "best.safetensors", "curves.png", "samples"

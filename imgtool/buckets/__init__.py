@@ -45,6 +45,8 @@ class Found:
         size: Bytes; -1 where that is not told before it is read.
         tag: What changes whenever the content does (ETag, hash or date); "" where no such thing is told.
         digests: Name of a hash ("md5", "sha256", "git-sha1") to its value in hexadecimal, where told.
+            "etag-md5" is an ETag that looks like an MD5, and is none where a store encrypts with a key of the
+            user (SSE-KMS, SSE-C): it is believed until a file that was read twice contradicts it.
     """
 
     path: str
@@ -56,7 +58,8 @@ class Found:
 class Place(Protocol):
     """A folder, or a single file, elsewhere. Methods may be called from many threads at once.
 
-    All raise ``ImgtoolError`` in plain words: no such bucket, no permission (and how to give it), no network.
+    All raise ``ImgtoolError`` in plain words: no such bucket, no permission (and how to give it); ``Offline``
+    where there is no network.
     """
 
     def list(self) -> list[Found]:
@@ -81,12 +84,26 @@ class Place(Protocol):
         ...
 
     def url(self, path: str) -> str:
-        """Return the URL of a path below."""
+        """Return the URL of a path below; of a single file, once it was listed, its own."""
         ...
 
 
 class Interrupted(Exception):
-    """A connection broke, or a server had no time; the same request may succeed later."""
+    """A connection broke, or a server had no time; the same request may succeed later.
+
+    Args:
+        what: What happened.
+        got: What had come until then, from the first byte that was asked for on.
+    """
+
+    def __init__(self, what: str, got: bytes = b"") -> None:
+        """Keep what had come: the next request may begin behind it."""
+        super().__init__(what)
+        self.got = got
+
+
+class Offline(ImgtoolError):
+    """There is no network, or nobody answers, after several attempts: what was fetched before may serve."""
 
 
 _PLACES = {"s3": "stores", "gs": "stores", "hf": "web", "https": "web", "http": "web"}

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from imgtool import compute, repeat
+from imgtool import compute, dist, places, repeat, track
 from imgtool.engine import Engine
 from imgtool.errors import DONE, USAGE, ImgtoolError
 from imgtool.settings import Train, make, table
+from imgtool.train import searching
 from imgtool.train.crew import CAMPAIGN, DONE_FILE, Crew
 from imgtool.train.feeding import Numbers
 from imgtool.train.loop import BEST, LOG, SETTINGS, STATE, STATES, Loop, learning_rate, portable
@@ -32,8 +34,15 @@ def run_folder(engine: Engine, settings: Train) -> Path:
     return settings.out or Path("runs") / engine.name / datetime.now().strftime("%Y-%m-%dT%H-%M-%S")
 
 
-def resumed(engine: Engine, settings: Train) -> Train:
+def resumed(
+    engine: Engine, settings: Train, local: Callable[[Train], Train] = lambda settings: settings
+) -> Train:
     """Return the settings of the run to resume, with what was given now laid over them.
+
+    Args:
+        engine: The engine.
+        settings: What was given now.
+        local: Gives the run's own settings with copies on this machine of what they name elsewhere.
 
     Raises:
         ImgtoolError: Code 2, where the folder holds no run of this engine.
@@ -53,9 +62,14 @@ def resumed(engine: Engine, settings: Train) -> Train:
             USAGE,
         )
     given = {name: getattr(settings, name) for name in settings.model_fields_set}
-    begun, found = make(type(settings), before, str(path)), make(type(settings), before | given, str(path))
+    begun = local(make(type(settings), before, str(path)))
+    before = {name: getattr(begun, name) for name in before}
+    found = make(type(settings), before | given, str(path))
+    if begun.space and "space" not in given:
+        found = found.changed(space=settings.resume / searching.SPACE)
     _check_same_network(engine, begun, found)
     repeat.check_same(begun, found)
+    searching.check_same(begun, found)
     return found
 
 
@@ -73,7 +87,11 @@ def _check_same_network(engine: Engine, begun: Train, wanted: Train) -> None:
 def plan(engine: Engine, settings: Train) -> Mapping[str, object]:
     """Return what ``--dry-run`` tells: where it would run, how large, how long, and what it writes."""
     settings = resumed(engine, settings)
+    if places.urls(settings):
+        return {**places.plan(settings), "output": str(run_folder(engine, settings))}
+    track.check(settings)
     _wants_campaign(engine, settings)
+    search = searching.plan(engine, settings) if settings.search else {}
     net = engine.build(settings)
     train, held_out = engine.data(settings)
     return {
@@ -83,12 +101,13 @@ def plan(engine: Engine, settings: Train) -> Mapping[str, object]:
         "steps": settings.steps,
         "samples per epoch": len(train),
         "held-out samples": len(held_out),
+        **search,
         "output": str(run_folder(engine, settings)),
     }
 
 
 def _wants_campaign(engine: Engine, settings: Train) -> bool:
-    wanted = engine.campaign is not None and engine.wants_campaign(settings)
+    wanted = not settings.search and engine.campaign is not None and engine.wants_campaign(settings)
     if wanted and settings.runs > 1:
         what = "--runs repeats one training, and these settings ask for many different ones"
         raise ImgtoolError(what, "leave out --runs", USAGE)
@@ -106,7 +125,15 @@ def run(engine: Engine, settings: Train, console: Console) -> int:
             whose loss is not finite any more.
         KeyboardInterrupt: After the state was saved.
     """
-    settings = resumed(engine, settings)
+    with dist.joined():
+        return _run(engine, settings, console)
+
+
+def _run(engine: Engine, settings: Train, console: Console) -> int:
+    if settings.search and settings.out and (settings.out / searching.SPACE).exists():
+        settings = settings.changed(resume=settings.out, out=None)  # somebody began: help with it
+    settings = resumed(engine, settings, partial(places.mirrored, console=console))
+    track.check(settings)
     folder = run_folder(engine, settings)
     campaign = _wants_campaign(engine, settings)
     if not settings.resume and any((folder / name).exists() for name in (STATE, CAMPAIGN)):
@@ -114,12 +141,16 @@ def run(engine: Engine, settings: Train, console: Console) -> int:
             f"{folder} already holds a run",
             f"go on with it by --resume {folder}, or name another folder by -o",
         )
+    if settings.search:
+        return searching.run(engine, settings, folder, console)
     if engine.campaign is not None and campaign:
+        dist.refuse_many("cross-validation")
         record = engine.campaign(settings, Crew(engine, settings, folder, console))
         lines = [f"{name}: {value}" for name, value in record.items()]
         console.result(record, "\n".join(lines))
         return DONE
     if settings.runs > 1:
+        dist.refuse_many("--runs")
         return repeat.run(engine, settings, Crew(engine, settings, folder, console), console)
     loop = Loop(engine, settings, folder, console)
     loop.go()

@@ -25,14 +25,25 @@ CAMPAIGN = "campaign.json"
 class Crew:
     """What an engine that trains many times is given: one training at a time, and words for the user."""
 
-    def __init__(self, engine: Engine, settings: Train, folder: Path, console: Console) -> None:
-        """Record the settings in the campaign's folder, so that --resume and --config find them."""
+    def __init__(
+        self, engine: Engine, settings: Train, folder: Path, console: Console, *, joined: bool = False
+    ) -> None:
+        """Record the settings in the campaign's folder, so that --resume and --config find them.
+
+        Args:
+            engine: What is trained.
+            settings: Of all runs.
+            folder: Of the campaign.
+            console: Where words go.
+            joined: The folder is that of others' campaign, which has its record.
+        """
         self.folder = folder
         self._engine, self._console = engine, console
         record = settings.changed(resume=None, out=None)
         self.config = folder / SETTINGS
-        files.write(self.config, to_toml(record, "train", engine.name).encode())
-        files.write(folder / CAMPAIGN, json.dumps({"engine": engine.name}).encode())
+        if not joined:
+            files.write(self.config, to_toml(record, "train", engine.name).encode())
+            files.write(folder / CAMPAIGN, json.dumps({"engine": engine.name}).encode())
 
     def say(self, text: str) -> None:
         """Say a line on standard error."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from imgtool import dist
 from imgtool.engine import Examples
 from imgtool.errors import ImgtoolError
 from imgtool.samples import Stages
@@ -41,10 +42,12 @@ class Numbers:
     Attributes:
         stages: Steps and samples per step of each part of the run.
         start: Step to begin at.
+        world: The processes that share each batch; of the numbers, this one's part are made.
     """
 
     stages: Stages
     start: int = 0
+    world: dist.World = field(default_factory=dist.World)
 
     def __iter__(self) -> Iterator[list[int]]:
         """Yield batch after batch: each has the numbers that follow those of the step before."""
@@ -54,7 +57,8 @@ class Numbers:
             past -= gone
             first += gone * size
             for _ in range(steps - gone):
-                yield list(range(first, first + size))
+                part = self.world.part(size)
+                yield list(range(first + part.start, first + part.stop))
                 first += size
 
     def __len__(self) -> int:
@@ -62,7 +66,20 @@ class Numbers:
         return max(sum(steps for steps, _ in self.stages) - self.start, 0)
 
 
-def load(examples: Examples, numbers: Numbers, workers: int) -> Iterator[Any]:
+def size_at(stages: Stages, step: int) -> int:
+    """Return the samples of a step, of all processes together; beyond the end 0.
+
+    >>> [size_at([(2, 8), (1, 4)], step) for step in range(4)]
+    [8, 8, 4, 0]
+    """
+    for steps, size in stages:
+        if step < steps:
+            return size
+        step -= steps
+    return 0
+
+
+def load(examples: Examples, numbers: Iterable[list[int]], workers: int) -> Iterator[Any]:
     """Yield the batches of the given sample numbers, in their order.
 
     Raises:

@@ -13,33 +13,38 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
 
 import torch
 from torch import Tensor, nn
 
-from imgtool import checkpoint, compute, files, plots, sheets, track
-from imgtool.console import plain
+from imgtool import checkpoint, compute, dist, files, names, plots, sheets, track
+from imgtool.console import Console, plain
 from imgtool.engine import Engine
 from imgtool.errors import USAGE, ImgtoolError
 from imgtool.optimisers import Soap
 from imgtool.samples import Stages
 from imgtool.settings import Train, to_toml
-from imgtool.train.feeding import Numbers, load
+from imgtool.train.feeding import Numbers, load, size_at
 from imgtool.train.phases import Phases
 
 if TYPE_CHECKING:
     from types import FrameType
 
-    from imgtool.console import Bar, Console
+    from imgtool.console import Bar
+
+P = ParamSpec("P")
 
 STATE = "last.pt"
 SETTINGS = "settings.toml"
 LOG = "log.jsonl"
 BEST = "best.safetensors"
+TWICE = 3.0
+"""Seconds in which torchrun may hand on a signal that all of its processes got as well."""
 COUNTERS = ("step", "seconds", "bad", "skipped", "stale", "best")
 STATES = ("net", "ema", "optimiser", "scaler", "random", "sums", *COUNTERS)
 """What the state of a run holds."""
@@ -77,15 +82,29 @@ def _differing(engine: Engine, settings: Train, weights: checkpoint.Weights) -> 
     )
 
 
+def _by_one(method: Callable[Concatenate[Loop, P], None]) -> Callable[Concatenate[Loop, P], None]:
+    """Leave to the first of the processes what one alone may do: to write."""
+
+    @wraps(method)
+    def call(loop: Loop, /, *arguments: P.args, **named: P.kwargs) -> None:
+        if loop.world.first:
+            method(loop, *arguments, **named)
+
+    return call
+
+
 class Loop:
-    """One training run."""
+    """One training run; of many processes (``dist``) each has one, and they go through it in step."""
 
     def __init__(self, engine: Engine, settings: Train, folder: Path, console: Console) -> None:
         """Build network, data and optimiser, and take up the state of a resumed run."""
-        self.engine, self.settings, self.folder, self.console = engine, settings, folder, console
+        self.world = dist.world()
+        folder = dist.gather(folder)[0]  # its name may be the time
+        self.engine, self.settings, self.folder = engine, settings, folder
+        self.console = console if self.world.first else _Unheard()
         self.home = folder  # what --resume takes: of one run among many, the folder of all
-        compute.use_threads(settings.threads)
-        self.device = compute.device(settings.device)
+        compute.use_threads(self.world.threads(settings.threads))
+        self.device = dist.device(settings.device)
         self.autocast = compute.autocast_type(settings.precision, self.device)
         torch.manual_seed(settings.seed)
         self.net = engine.build(settings)
@@ -99,7 +118,7 @@ class Loop:
         self.optimiser: torch.optim.Optimizer = kind(groups, settings.lr, weight_decay=settings.weight_decay)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.autocast == torch.float16)
         self.train, self.held_out = engine.data(settings)
-        self.stages = _checked(engine.stages(settings), settings.steps)
+        self.stages = _checked(engine.stages(settings), settings.steps, self.world.size)
         self.step, self.seconds, self.bad, self.skipped, self.stale = 0, 0.0, 0, 0, 0
         self.best: dict[str, Any] = {}
         self.sums: dict[str, Tensor] = {}
@@ -109,7 +128,8 @@ class Loop:
         if settings.resume:
             self._take_up(checkpoint.read_state(folder / STATE, STATES))
         if settings.compile:
-            compute.compile_net(self.net, self.device, console.say)
+            compute.compile_net(self.net, self.device, self.console.say)
+        self.learner = dist.Learner(self.net, lambda net, batch: engine.loss(net, batch, settings))
 
     def _begin(self) -> None:
         """Fill the new network with what the engine begins with, then with the weights that were named."""
@@ -150,6 +170,7 @@ class Loop:
             self.sums[name] = self._wide(torch.tensor(value, dtype=torch.float64))
         self.console.say(f"resuming {self.folder} at step {self.step} of {self.settings.steps}")
 
+    @_by_one
     def _save(self) -> None:
         self._clock()
         state = {
@@ -168,6 +189,7 @@ class Loop:
         rows = files.json_lines(log) if log.exists() else []
         return [row for row in rows if row.get("step", math.inf) <= self.step]
 
+    @_by_one
     def _write_log(self, rows: Sequence[Mapping[str, Any]]) -> None:
         text = "".join(json.dumps(plain(row), allow_nan=False) + "\n" for row in rows)
         files.write(self.folder / LOG, text.encode())
@@ -190,12 +212,12 @@ class Loop:
         self.console.say(
             f"training {self.engine.name}: {parameters:,} parameters on {self.device}, into {self.folder}"
         )
-        if rows and self._enough(rows):
+        if self._enough(rows):
             return self._finish()
         with (
             _signals(self),
             _explained(),
-            track.begin(self.engine, self.settings, self.folder, self.console.say) as self.tracker,
+            self._tracked() as self.tracker,
             self.console.progress(self.settings.steps, f"train {self.engine.name}") as progress,
         ):
             progress.advance(self.step)
@@ -212,6 +234,12 @@ class Loop:
                 self.tracker.model(self.folder / BEST, self.best)
         return self._finish()
 
+    def _tracked(self) -> AbstractContextManager[track.Tracker]:
+        if not self.world.first:
+            return nullcontext(track.Silent())
+        return track.begin(self.engine, self.settings, self.folder, self.console.say)
+
+    @_by_one
     def _write_settings(self) -> None:
         """Record the settings; with --config they repeat the run, from its start, in a folder of its own."""
         record = self.settings.changed(resume=None, out=None)
@@ -225,19 +253,23 @@ class Loop:
             progress.update(self._end_epoch())
         if settings.sample_every and self.step % settings.sample_every == 0:
             self._sample()
-        if ended or self.step % settings.save_every == 0 or self.interrupted:
+        stop = self.interrupted and self.world.size == 1  # many stop where they meet, before a step
+        if ended or self.step % settings.save_every == 0 or stop:
             self._save()
-        if self.interrupted:
-            self.console.say(f"stopped at step {self.step}; go on with --resume {self.home}")
-            raise KeyboardInterrupt
+        if stop:
+            self._stop()
         if ended and 0 < settings.patience <= self.stale:
             self.console.say(f"no better {self.engine.best} for {self.stale} epochs: stopping early")
             return True
         return ended and self._enough(self._rows())
 
+    def _stop(self) -> None:
+        self.console.say(f"stopped at step {self.step}; go on with --resume {self.home}")
+        raise KeyboardInterrupt
+
     def _enough(self, rows: Sequence[Mapping[str, Any]]) -> bool:
         """Ask the engine whether what was logged is all that was wanted, and say so."""
-        words = self.engine.enough(rows, self.settings)
+        words = dist.gather(self.engine.enough(rows, self.settings) if rows and self.world.first else "")[0]
         if words:
             self.console.say(words)
         return bool(words)
@@ -249,16 +281,40 @@ class Loop:
             ImgtoolError: As the data set raised it. Unless this was before the first step, the state is
                 saved, there are weights that can be used, and the hint says how to go on.
         """
-        try:
-            yield from load(self.train, Numbers(self.stages, self.step), self.settings.workers)
-        except ImgtoolError as fault:
-            if self.step:
-                self._save()
-                if not self.best:
-                    self._keep_unfinished()
-                saved = f"the state of step {self.step} is saved: go on with --resume {self.home}"
-                fault.hint = "; ".join(filter(None, (fault.hint, saved)))
-            raise
+        batches = load(self.train, Numbers(self.stages, self.step, self.world), self.settings.workers)
+        while True:
+            batch, fault = _next(batches)
+            if self.world.size > 1:
+                fault = self._met(fault)
+            if fault is not None:
+                raise self._broken(fault)
+            if batch is None:
+                return
+            yield batch
+
+    def _met(self, fault: ImgtoolError | None) -> ImgtoolError | None:
+        """Meet the other processes before a step; return the fault of the first that has one.
+
+        Raises:
+            KeyboardInterrupt: One was told to stop: all do, after the state was saved.
+        """
+        told = dist.total(torch.tensor([self.interrupted, fault is not None], dtype=torch.int32))
+        if told[0]:  # what prepares data may have been ended by the same signal
+            self._save()
+            dist.wait()
+            self._stop()
+        return next(filter(None, dist.gather(fault))) if told[1] else None
+
+    def _broken(self, fault: ImgtoolError) -> ImgtoolError:
+        """Save what a fault of the data leaves; return it with how to go on."""
+        if self.step:
+            self._save()
+            if not self.best:
+                self._keep_unfinished()
+            saved = f"the state of step {self.step} is saved: go on with --resume {self.home}"
+            fault.hint = "; ".join(filter(None, (fault.hint, saved)))
+            dist.wait()
+        return fault
 
     def _keep_unfinished(self) -> None:
         """Write the weights as they are, before any epoch has ended; the run itself takes no note of it."""
@@ -274,11 +330,14 @@ class Loop:
             group["lr"] = learning_rate(self.step, self.settings) * share
         self.net.train()
         self.phases.enter(self.step)
+        self.world.samples = size_at(self.stages, self.step)
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
-            terms = self.engine.loss(self.net, _to(batch, self.device), self.settings)
-        loss = torch.stack(list(terms.values())).sum()
+            terms = self.learner(_to(batch, self.device))
+        loss = torch.stack(list(terms.values())).sum() * dist.share()
         self.optimiser.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        terms = dist.whole(terms)
+        loss = torch.stack(list(terms.values())).sum()
         self.scaler.unscale_(self.optimiser)
         norm = nn.utils.clip_grad_norm_(self.net.parameters(), self.settings.clip or math.inf)
         if bool(torch.isfinite(norm + loss)):  # the one time in a step that a GPU is waited for
@@ -300,6 +359,7 @@ class Loop:
         if self.bad >= self.settings.max_bad_steps:
             row, self.bad = self.bad, 0
             self._save()  # no step was taken since the last good one
+            dist.wait()
             raise ImgtoolError(
                 f"loss or gradient not finite for {row} steps in a row, up to step {self.step}",
                 f"go on from the last good weights with a lower --lr: --resume {self.home}",
@@ -353,19 +413,33 @@ class Loop:
 
     @torch.inference_mode()
     def _validate(self) -> tuple[dict[str, float], Mapping[str, Tensor]]:
-        values: dict[str, list[Tensor]] = {}
+        """Return the scores of all held-out data, and pictures of its first batch (of the first process)."""
+        mine: list[Mapping[str, Tensor]] = []
         pictures: Mapping[str, Tensor] = {}
-        for batch in self._held_out():
-            for name, score in self.engine.score(self.ema, batch).items():
-                values.setdefault(name, []).append(score.cpu().double())
-            pictures = pictures or self.engine.samples(self.ema, batch)
+        fault: ImgtoolError | None = None
+        try:
+            for batch in self._held_out():
+                scores = self.engine.score(self.ema, batch)
+                mine.append({name: score.cpu().double() for name, score in scores.items()})
+                if self.world.first:
+                    pictures = pictures or self.engine.samples(self.ema, batch)
+        except ImgtoolError as met:
+            fault = met
+        every, faults = zip(*dist.gather((mine, fault)), strict=True)
+        if any(faults):
+            raise next(filter(None, faults))
+        values: dict[str, list[Tensor]] = {}
+        for scores in _in_turn(every):
+            for name, score in scores.items():
+                values.setdefault(name, []).append(score)
         return {name: float(torch.cat(parts).mean()) for name, parts in values.items()}, pictures
 
     def _held_out(self) -> Iterator[Any]:
-        """Yield the held-out data, all of it once."""
+        """Yield the held-out data, all of it once; each of many processes takes batches in turn."""
         size = min(self.settings.batch, 8)
         whole, rest = divmod(len(self.held_out), size)
-        for batch in load(self.held_out, Numbers(((whole, size), (min(rest, 1), rest))), 0):
+        numbers = list(Numbers(((whole, size), (min(rest, 1), rest))))
+        for batch in load(self.held_out, numbers[self.world.rank :: self.world.size], 0):
             yield _to(batch, self.device)
 
     def _judge(self, row: Mapping[str, Any]) -> None:
@@ -381,17 +455,20 @@ class Loop:
             self.best = {"epoch": row["epoch"], "step": row["step"], "scores": row["scores"]}
             self._keep({"scores": row["scores"], "step": row["step"]})
 
+    @_by_one
     def _keep(self, about: Mapping[str, Any]) -> None:
         """Write the averaged weights."""
         about = {**about, "train": portable(self.settings), **self.engine.describe(self.train)}
         checkpoint.save_weights(self.folder / BEST, self.engine, self.settings, self.ema.state_dict(), about)
 
+    @_by_one
     def _draw(self, epoch: int, pictures: Mapping[str, Tensor]) -> None:
         curves = self.folder / "curves.png"
         plots.curves(self._rows(), curves, title=f"{self.engine.name} {self.folder.name}")
         self.tracker.picture(curves, self.step)
         self._sheet(pictures, f"epoch-{epoch:04d}", f"epoch {epoch}")
 
+    @_by_one
     @torch.inference_mode()
     def _sample(self) -> None:
         """Draw a sheet of the first of the held-out data."""
@@ -433,15 +510,46 @@ def portable(settings: Train) -> dict[str, Any]:
     def short(value: Any) -> Any:
         if isinstance(value, tuple):
             return [short(each) for each in value]
-        return value.name if isinstance(value, Path) else value
+        return Path(names.shown(str(value))).name if isinstance(value, Path) else value
 
     return {name: short(value) for name, value in settings.model_dump().items()}
 
 
-def _checked(stages: Stages, steps: int) -> Stages:
+def _checked(stages: Stages, steps: int, processes: int) -> Stages:
     if sum(each for each, _ in stages) != steps:
         raise ValueError(f"the stages {stages} are not those of {steps} steps")
+    least = min(batch for _, batch in stages)
+    if least < processes:
+        what = f"a batch of {least} has no sample for each of {processes} processes"
+        raise ImgtoolError(what, "give a larger --batch, or start fewer processes", USAGE)
     return stages
+
+
+class _Unheard(Console):
+    """Says nothing: of many processes one speaks."""
+
+    def __init__(self) -> None:
+        super().__init__(quiet=True)
+
+    def warn(self, text: str) -> None:
+        """Say nothing."""
+
+    def result(self, record: Mapping[str, object], text: str = "") -> None:
+        """Give nothing."""
+
+
+def _next(batches: Iterator[Any]) -> tuple[Any, ImgtoolError | None]:
+    """Return the next batch, None behind the last, and what was wrong with the data."""
+    try:
+        return next(batches, None), None
+    except ImgtoolError as fault:
+        return None, fault
+
+
+def _in_turn(every: Sequence[Sequence[Mapping[str, Tensor]]]) -> Iterator[Mapping[str, Tensor]]:
+    """Yield the first of each, then the second of each, and so on."""
+    for number in range(max(map(len, every))):
+        yield from (each[number] for each in every if number < len(each))
 
 
 @contextmanager
@@ -467,6 +575,7 @@ class _signals:
     def __init__(self, loop: Loop) -> None:
         self.loop = loop
         self.main = threading.current_thread() is threading.main_thread()
+        self.hasty = -math.inf  # time from which on a second signal is meant as one
 
     def __enter__(self) -> None:
         self.before = (
@@ -474,8 +583,10 @@ class _signals:
         )
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        if self.loop.interrupted:
+        if self.loop.interrupted and time.monotonic() > self.hasty:
             raise KeyboardInterrupt
+        if not self.loop.interrupted and self.loop.world.size > 1:
+            self.hasty = time.monotonic() + TWICE
         self.loop.interrupted = True
 
     def __exit__(self, *_: object) -> None:

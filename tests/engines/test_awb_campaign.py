@@ -165,7 +165,6 @@ def test_a_second_call_trains_nothing_again(
 
 def test_a_campaign_is_what_was_asked_for() -> None:
     assert campaign.wanted(Train(folds=3))
-    assert campaign.wanted(Train(search=1))
     assert not campaign.wanted(Train())
     assert not campaign.wanted(Train(folds=3, fold=1))
 

@@ -1,8 +1,9 @@
-"""The search: budgets before training, nothing done twice, the front as brute force has it."""
+"""The search of the original's space: limits before training, nothing done twice, what is measured where."""
 
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import os
 import stat
@@ -17,11 +18,16 @@ import numpy as np
 import pytest
 import torch
 
-from imgtool import plots
+from imgtool import plots, train
+from imgtool.console import Console
 from imgtool.engines.awb import forward, measure, model, search
-from imgtool.engines.awb.measure import Cost
+from imgtool.engines.awb.engine import ENGINE
 from imgtool.engines.awb.settings import Train
 from imgtool.errors import FAILED, USAGE, ImgtoolError
+from imgtool.search import campaign, samplers, space
+from imgtool.search.campaign import Search
+from imgtool.search.cost import Cost, Limits
+from imgtool.train import searching
 
 CHEAP = {"channels": [16, 16, 16], "kernels": [3, 3, 3], "strides": [3, 3, 1], "widths": [30, 10]} | {
     "height": 144, "width": 216,
@@ -40,16 +46,18 @@ def point(**changes: float) -> dict[str, float]:
 
 
 class List:
-    """A sampler that proposes what it was given."""
+    """A sampler that proposes what it was given, as trials from a number on."""
 
-    def __init__(self, points: Sequence[Mapping[str, float]]) -> None:
-        self.points, self.told = list(points), []
+    def __init__(self, points: Sequence[Mapping[str, float]], begin: int = 0) -> None:
+        self.points, self.next, self.told = list(points), begin, []
 
-    def ask(self) -> Mapping[str, float]:
-        return self.points.pop(0)
+    def ask(self) -> tuple[int, Mapping[str, float]]:
+        self.next += 1
+        return self.next - 1, self.points.pop(0)
 
-    def tell(self, point: Mapping[str, float], scores: Mapping[str, float] | None) -> None:
-        self.told.append((dict(point), scores))
+    def tell(self, row: dict[str, Any]) -> None:
+        scores = {"recovery": row["score"], "cpu_ms": row["cpu_ms"]} if row["status"] == "trained" else None
+        self.told.append((row["point"], scores))
 
 
 @dataclass
@@ -76,7 +84,7 @@ class Gauge:
 
     asked: list[measure.Structure] = field(default_factory=list)
 
-    def __call__(self, net: measure.Structure) -> Cost:
+    def __call__(self, net: measure.Structure, limits: Limits) -> Cost:
         self.asked.append(net)
         return Cost(float(net["channels"][0]), 2.0 * net["channels"][1])
 
@@ -89,6 +97,11 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         plots, "front", lambda points, best, path, **words: found.append((points, best, path))
     )
     return found
+
+
+def begin(given: Train, crew: Crew, gauge: Gauge) -> Search:
+    """The search as the engine describes it, but for what is measured."""
+    return Search(ENGINE, given, crew, dataclasses.replace(search.task(given), gauge=gauge))
 
 
 def settings(count: int, **more: Any) -> Train:
@@ -110,7 +123,7 @@ def sized(*first: float, **more: float) -> list[dict[str, float]]:
 def test_over_budget_is_never_trained(tmp_path: Path) -> None:
     slow, large = sized(41)[0], point(channels2=51, channels3=51)
     sampler, crew = List([slow, *sized(20), large, *sized(40)]), Crew(tmp_path)
-    record = search.Search(settings(2), crew, Gauge()).go(sampler)
+    record = begin(settings(2), crew, Gauge()).go(sampler)
     assert list(crew.trained) == ["trial-001", "trial-003"]
     assert [row["status"] for row in rows(tmp_path)] == ["rejected", "trained", "rejected", "trained"]
     assert [scores for _, scores in sampler.told] == [
@@ -122,7 +135,7 @@ def test_over_budget_is_never_trained(tmp_path: Path) -> None:
 def test_one_structure_is_measured_once(tmp_path: Path) -> None:
     gauge = Gauge()
     same = [point(), point(lr=2e-3), point(weight_decay=1e-4, stride1=2.3), point(neurons=61)]
-    search.Search(settings(4), Crew(tmp_path), gauge).go(List(same))
+    begin(settings(4), Crew(tmp_path), gauge).go(List(same))
     assert len(gauge.asked) == 2
     assert len({row["structure"] for row in rows(tmp_path)}) == 2
 
@@ -134,7 +147,7 @@ def test_hopeless_and_impossible_networks_are_not_even_measured(tmp_path: Path) 
     shrunk = point(**{f"{name}{n}": v for n in (1, 2, 3) for name, v in (("reach", 3), ("stride", 5))})
     starved = point(neurons=40, decay=1.5, layers=5)
     gauge = Gauge()
-    search.Search(settings(1), Crew(tmp_path), gauge).go(List([huge, shrunk, starved, point()]))
+    begin(settings(1), Crew(tmp_path), gauge).go(List([huge, shrunk, starved, point()]))
     assert len(gauge.asked) == 1
     found = rows(tmp_path)
     assert [row["status"] for row in found] == ["rejected"] * 3 + ["trained"]
@@ -145,7 +158,7 @@ def test_hopeless_and_impossible_networks_are_not_even_measured(tmp_path: Path) 
 def test_nothing_within_the_budget_is_said_with_the_smallest_figures(tmp_path: Path) -> None:
     crew = Crew(tmp_path)
     with pytest.raises(ImgtoolError, match=r"none of 20 candidates .* 41 ms, the smallest 82 MB") as caught:
-        search.Search(settings(1), crew, Gauge()).go(List(sized(*range(60, 40, -1))))
+        begin(settings(1), crew, Gauge()).go(List(sized(*range(60, 40, -1))))
     assert "--max-ms" in caught.value.hint
     assert not crew.trained
 
@@ -156,7 +169,7 @@ def test_nothing_within_the_budget_is_said_with_the_smallest_figures(tmp_path: P
 def test_trials_train_the_candidate_on_a_split_of_their_own(tmp_path: Path) -> None:
     crew = Crew(tmp_path)
     given = settings(1, folds=5, train_on_all=True, steps=7)
-    record = search.Search(given, crew, Gauge()).go(List([point(lr=2e-3, reach2=2, stride3=1)]))
+    record = begin(given, crew, Gauge()).go(List([point(lr=2e-3, reach2=2, stride3=1)]))
     (trial,) = crew.trained.values()
     assert (trial.arch, trial.search, trial.fold, trial.folds, trial.train_on_all) == (
         "deepawb",
@@ -169,7 +182,7 @@ def test_trials_train_the_candidate_on_a_split_of_their_own(tmp_path: Path) -> N
     assert (trial.height, trial.width, trial.steps, trial.lr, trial.final_lr) == (144, 216, 7, 2e-3, 5e-3)
     assert "test data was not read" in record["selection"]
     plain = Crew(tmp_path / "plain")
-    search.Search(settings(1), plain, Gauge()).go(List([point()]))
+    begin(settings(1), plain, Gauge()).go(List([point()]))
     assert next(iter(plain.trained.values())).fold == -1
 
 
@@ -180,7 +193,7 @@ def test_a_failed_training_is_noted_and_the_search_goes_on(tmp_path: Path) -> No
         return 3.0
 
     sampler, crew = List([point(lr=2e-3), point()]), Crew(tmp_path, error)
-    record = search.Search(settings(2), crew, Gauge()).go(sampler)
+    record = begin(settings(2), crew, Gauge()).go(sampler)
     assert (record["failed"], record["trained"]) == (1, 1)
     assert rows(tmp_path)[0]["why"] == "loss not finite"
     assert sampler.told[0][1] is None
@@ -193,10 +206,10 @@ def test_what_fails_always_ends_the_search_and_is_tried_again(tmp_path: Path, co
 
     crew = Crew(tmp_path, broken)
     with pytest.raises(ImgtoolError, match="no frame"):
-        search.Search(settings(5), crew, Gauge()).go(List([point(lr=lr) for lr in (1e-3, 2e-3, 3e-3, 4e-3)]))
+        begin(settings(5), crew, Gauge()).go(List([point(lr=lr) for lr in (1e-3, 2e-3, 3e-3, 4e-3)]))
     assert len(crew.trained) == tries
     mended = Crew(tmp_path)
-    search.Search(settings(tries), mended, Gauge()).go(List([]))
+    begin(settings(tries), mended, Gauge()).go(List([]))
     assert list(mended.trained) == [f"trial-{tries - 1:03}"]
 
 
@@ -208,13 +221,13 @@ def test_an_interrupted_search_repeats_nothing(tmp_path: Path) -> None:
 
     points = [*sized(50), *[point(lr=lr, channels1=16) for lr in (2e-3, 3e-3)]]
     with pytest.raises(KeyboardInterrupt):
-        search.Search(settings(3), Crew(tmp_path, cut), Gauge()).go(List(points))
+        begin(settings(3), Crew(tmp_path, cut), Gauge()).go(List(points))
     gauge, sampler, crew = (
         Gauge(),
-        List([point(lr=4e-3, channels1=16)]),
+        List([point(lr=4e-3, channels1=16)], 3),
         Crew(tmp_path, lambda trial: 1e3 * trial.lr),
     )
-    record = search.Search(settings(3), crew, gauge).go(sampler)
+    record = begin(settings(3), crew, gauge).go(sampler)
     assert list(crew.trained) == ["trial-002", "trial-003"]
     assert not gauge.asked
     told = [({**each, "lr": each["lr"]}, scores and scores["recovery"]) for each, scores in sampler.told]
@@ -222,10 +235,11 @@ def test_an_interrupted_search_repeats_nothing(tmp_path: Path) -> None:
     assert record["trials"] == 4
 
 
-def test_a_search_does_not_mix_machines(tmp_path: Path) -> None:
-    search.Search(settings(1), Crew(tmp_path), Gauge()).go(List([point()]))
-    with pytest.raises(ImgtoolError, match="measured on the machine"):
-        search.Search(settings(1, remote="pi"), Crew(tmp_path), Gauge())
+def test_a_search_does_not_mix_machines() -> None:
+    with pytest.raises(ImgtoolError, match="goes on as it began, with --remote pi") as caught:
+        searching.check_same(settings(1, remote="pi"), settings(1))
+    assert caught.value.code == USAGE
+    searching.check_same(settings(1), settings(9, out=Path("elsewhere"), max_parameters=5))
 
 
 # --- the front ---
@@ -239,15 +253,16 @@ def test_front_is_what_brute_force_finds() -> None:
         def beaten(one: tuple[float, float], points: Sequence[tuple[float, float]] = points) -> bool:
             return any(two != one and two[0] <= one[0] and two[1] <= one[1] for two in points)
 
-        assert sorted(search.front(points)) == [i for i, each in enumerate(points) if not beaten(each)]
+        assert sorted(campaign.front(points)) == [i for i, each in enumerate(points) if not beaten(each)]
 
 
 def test_front_is_written_and_returned(tmp_path: Path, drawn: list[Any]) -> None:
     errors = {16: 4.0, 20: 3.0, 24: 3.5, 30: 2.0}
     crew = Crew(tmp_path, lambda trial: errors[int(trial.channels.split(",")[0])])
-    record = search.Search(settings(4), crew, Gauge()).go(List(sized(30, 50, 24, 16, 20)))
+    record = begin(settings(4), crew, Gauge()).go(List(sized(30, 50, 24, 16, 20)))
     assert [each["cpu_ms"] for each in record["front"]] == [16, 20, 30]
-    assert [each["recovery"] for each in record["front"]] == [4.0, 3.0, 2.0]
+    assert [each["score"] for each in record["front"]] == [4.0, 3.0, 2.0]
+    assert record["metric"] == "recovery"
     assert record["best"]["trial"] == 0
     assert record["best"]["weights"] == "trial-000/best.safetensors"
     assert json.loads((tmp_path / "pareto.json").read_text()) == record
@@ -268,8 +283,7 @@ def test_every_point_makes_settings_of_the_original_space() -> None:
     rng = np.random.default_rng(1)
     for _ in range(200):
         drawn = {name: rng.uniform(*each.bounds()) for name, each in search.SPACE.items()}
-        wide = sorted(drawn[f"channels{n}"] for n in (1, 2, 3))
-        made = Train(**search.parameters(drawn | {f"channels{n}": wide[n - 1] for n in (1, 2, 3)}))
+        made = Train(**search.parameters(space.taken(search.SPACE, drawn)))
         channels, kernels, strides = (
             [int(word) for word in text.split(",")] for text in (made.channels, made.kernels, made.strides)
         )
@@ -284,14 +298,17 @@ def test_every_point_makes_settings_of_the_original_space() -> None:
     assert len(search.SPACE) == 16
 
 
-def test_without_ax_nothing_is_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("sampler", "said", "extra"), [("", "Ax", "search-ax"), ("optuna", "Optuna", "search")]
+)
+def test_without_its_package_nothing_is_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sampler: str, said: str, extra: str
+) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    crew = Crew(tmp_path)
-    with pytest.raises(ImgtoolError, match="Ax") as caught:
-        search.run(settings(3), crew)
-    assert (caught.value.code, caught.value.hint) == (USAGE, "pip install 'imgtool[search]'")
-    assert not crew.trained
-    assert not crew.said
+    with pytest.raises(ImgtoolError, match=f"--search needs {said}") as caught:
+        train.run(ENGINE, settings(3, sampler=sampler, out=tmp_path), Console(quiet=True))
+    assert (caught.value.code, caught.value.hint) == (USAGE, f"pip install 'imgtool[{extra}]'")
+    assert not list(tmp_path.iterdir())
 
 
 def test_test_data_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,21 +318,20 @@ def test_test_data_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         (tmp_path / part / "PNG" / "00_0001.png").touch()
         (tmp_path / part / "gt.csv").write_text("image,r,g,b\n00_0001,0.2,0.5,0.3\n")
     with pytest.raises(ImgtoolError, match="holds test data") as caught:
-        search.run(settings(3, data=(tmp_path,)), Crew(tmp_path))
+        search.task(settings(3, data=(tmp_path,)))
     assert str(tmp_path / "train") in caught.value.hint
     assert caught.value.code == USAGE
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(find_spec("ax") is None, reason="needs imgtool[search]")
+@pytest.mark.skipif(find_spec("ax") is None, reason="needs imgtool[search-ax]")
 def test_ax_searches_and_says_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     known = Crew(tmp_path)
-    search.Search(settings(1), known, Gauge()).go(
-        List([point(channels1=70, channels2=70, channels3=70), point()])
-    )
+    begin(settings(1), known, Gauge()).go(List([point(channels1=70, channels2=70, channels3=70), point()]))
     gauge = Gauge()
-    again = search.Search(settings(3), Crew(tmp_path, lambda trial: trial.neurons / 50), gauge)
-    record = again.go(search.AxSampler(again.settings, len(again.rows)))
+    again = begin(settings(3), Crew(tmp_path, lambda trial: trial.neurons / 50), gauge)
+    asked = campaign.question(ENGINE, again.settings, again.task)
+    record = again.go(samplers.Ax(asked, 2))
     assert record["trained"] == 3
     assert record["trials"] >= 4
     found = [row["point"] for row in rows(tmp_path)]
@@ -344,11 +360,31 @@ def test_what_is_measured_is_the_network_that_would_be_trained() -> None:
     made = measure.random_state(search.structure(shape.model_dump()))
     real = {name: tuple(value.shape) for name, value in net.state_dict().items() if "num_batches" not in name}
     assert {name: value.shape for name, value in made.items()} == real
+    counted = sum(each.numel() for each in net.parameters())
+    assert measure.parameters(search.structure(shape.model_dump())) == counted
     net.load_state_dict({name: torch.from_numpy(value) for name, value in made.items()}, strict=False)
     x = np.random.default_rng(0).normal(size=(3, 60, 90)).astype(np.float32)
     with torch.inference_mode():
         expected = net(torch.from_numpy(x)[None])[0].numpy()
     np.testing.assert_allclose(forward.deepawb(made, x, strides=(2, 1, 3), layers=3), expected, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_space_of_a_file_holds_networks_of_any_kind(tmp_path: Path) -> None:
+    path = tmp_path / "space.toml"
+    path.write_text("[search.awb]\narch = ['hist', 'deepawb']\nlr = {low = 1e-4, high = 1e-2, log = true}\n")
+    given = settings(2, space=path, folds=4)
+    crew = Crew(tmp_path)
+    found = Search(ENGINE, given, crew, search.task(given))
+    record = found.go(List([{"arch": "hist", "lr": 1e-3}, {"arch": "hist", "lr": 2e-3}]))
+    assert record["trained"] == 2
+    assert [trial.arch for trial in crew.trained.values()] == ["hist", "hist"]
+    assert [trial.fold for trial in crew.trained.values()] == [0, 0]
+    assert rows(tmp_path)[0]["cpu_ms"] == rows(tmp_path)[1]["cpu_ms"] < 40
+    assert rows(tmp_path)[0]["parameters"] == 6082
+    with pytest.raises(ImgtoolError, match="--remote measures") as caught:
+        search.task(settings(2, space=path, remote="pi"))
+    assert caught.value.code == USAGE
 
 
 @pytest.mark.slow
@@ -363,7 +399,10 @@ def test_measuring_here_gives_more_than_the_least() -> None:
 def test_least_is_counted_by_hand() -> None:
     net = {"channels": [2, 3, 4], "kernels": [3, 3, 5], "strides": [2, 1, 1], "height": 40, "width": 60}
     products = 3 * 2 * 9 * 20 * 30 + 2 * 3 * 9 * 10 * 15 + 3 * 4 * 25 * 5 * 7
-    assert measure.least(net) == Cost(products / 1e9, 4 * 3 * 9 * 20 * 30 / 1e6, measured=False)
+    convolved = 3 * 2 * 9 + 2 * 3 * 9 + 3 * 4 * 25 + 2 * (2 + 3 + 4)
+    dense = (4 + 1) * 6 + (6 + 1) * 2
+    found = measure.least(net | {"widths": [6]})
+    assert found == Cost(products / 1e9, 4 * 3 * 9 * 20 * 30 / 1e6, False, convolved + dense)
 
 
 def program(folder: Path, name: str, text: str) -> None:

@@ -71,6 +71,7 @@ def stages(net: nn.Module) -> list[model.LocalUNet]:
     return [part for part in net.modules() if isinstance(part, model.LocalUNet)]
 
 
+@pytest.mark.slow
 def test_nothing_reaches_further_than_the_halo() -> None:
     """The gradient of one pixel of a stage, for every place that it can have in the grid of 8."""
     net = network("unet-lite")

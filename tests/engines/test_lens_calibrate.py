@@ -89,6 +89,7 @@ def done(boards: Path) -> tuple[dict[str, Any], Path, list[str]]:
     return dict(calibrate.calibrate(settings, Watch(say=said.append))), out, said
 
 
+@pytest.mark.slow
 def test_the_camera_of_rendered_boards_comes_back(done: tuple[dict[str, Any], Path, list[str]]) -> None:
     record = done[0]
     assert record["boards"] == len(POSES)

@@ -161,6 +161,7 @@ def test_weights_of_candidates_turn_sums_into_integrals_over_the_prior() -> None
     assert np.mean(firsts) == pytest.approx(below, abs=0.05)
 
 
+@pytest.mark.slow
 def test_a_photo_without_edges_is_no_surprise() -> None:
     settings = Train(photos=(Path("x"),))
     rng = np.random.default_rng(0)
@@ -221,6 +222,7 @@ def test_without_evidence_the_prior_remains() -> None:
     assert found.error == pytest.approx(found.untouched, rel=0.1)
 
 
+@pytest.mark.slow
 def test_photos_of_one_lens_are_surer_together() -> None:
     one = estimate.edge_evidence(None, seen_through(facade(seed=1), BARREL))
     two = estimate.edge_evidence(None, seen_through(facade(seed=2), BARREL))

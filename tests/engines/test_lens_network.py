@@ -401,6 +401,7 @@ def test_photos_of_unknown_lenses_are_no_nan(kind: str, half_known: Sample) -> N
     assert float(terms["field"].detach()) == pytest.approx(float(first["field"].detach()), rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", HEADS)
 def test_the_loss_reaches_every_weight_and_falls(head: str, batch: Sample) -> None:
     net = build(head)

@@ -24,6 +24,8 @@ from imgtool.export import onnx as writer
 
 ROOT = Path(__file__).parents[2]
 
+pytestmark = pytest.mark.slow
+
 
 class Told:
     """Runs the command line and keeps what it said."""

@@ -24,6 +24,8 @@ PORT = picture()
 SIZES = {name: axis.usual for name, axis in PORT.axes.items()}
 PHOTOS = [Path("one.jpg"), Path("three.jpg")]
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:

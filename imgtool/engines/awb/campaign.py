@@ -1,4 +1,4 @@
-"""Trainings that are many: grouped cross-validation, and the search for architectures."""
+"""Trainings that are many: grouped cross-validation."""
 
 from __future__ import annotations
 
@@ -26,19 +26,10 @@ Array = npt.NDArray[Any]
 
 def wanted(settings: Train) -> bool:
     """Tell whether the settings ask for more than one training."""
-    return settings.search > 0 or (settings.folds > 0 and settings.fold < 0)
+    return settings.folds > 0 and settings.fold < 0
 
 
 def run(settings: Train, crew: Crew) -> Mapping[str, Any]:
-    """Cross-validate or search, and return what was found."""
-    if settings.search:
-        from imgtool.engines.awb import search
-
-        return search.run(settings, crew)
-    return crossvalidate(settings, crew)
-
-
-def crossvalidate(settings: Train, crew: Crew) -> Mapping[str, Any]:
     """Train once without each fold and measure on it, then train on everything.
 
     The weights measured are those of the last step, so that nothing is chosen by what is measured on. The

@@ -29,6 +29,7 @@ ENGINE: Engine = Engine(
     describe=later(f"{_HERE}.data", "describe"),
     campaign=later(f"{_HERE}.campaign", "run"),
     wants_campaign=later(f"{_HERE}.campaign", "wanted"),
+    search=later(f"{_HERE}.search", "task"),
     table="gains.csv",
     check=apply.check,
     beside=apply.beside,

@@ -12,14 +12,14 @@ import json
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import inf
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from imgtool.errors import USAGE, ImgtoolError
 from imgtool.memory import peak_mb
+from imgtool.search.cost import Cost, cpu_times
 
 Structure = Mapping[str, Any]
 """A network's shape: "channels", "kernels" and "strides" of the blocks, "widths" of the MLP's hidden layers,
@@ -29,6 +29,8 @@ SOURCES = (
     "imgtool/__init__.py",
     "imgtool/errors.py",
     "imgtool/memory.py",
+    "imgtool/search/__init__.py",
+    "imgtool/search/cost.py",
     "imgtool/engines/__init__.py",
     "imgtool/engines/awb/__init__.py",
     "imgtool/engines/awb/camera.py",
@@ -46,12 +48,7 @@ BLACK, WHITE = 2048, 16383
 FASTEST = 1e9
 """Multiplications in a millisecond that no core reaches."""
 ROUNDS = 3
-CALLS, FEWEST = 40, 5
-"""Timed calls in a round at most, and at least."""
-ENOUGH = 0.5
-"""CPU seconds after which a round ends."""
-HOPELESS = 20.0
-"""A first call that takes so many times the limit is the last."""
+"""Rounds of timed calls, of which the fastest counts."""
 PATIENCE = 300
 """Seconds after which a measurement is given up."""
 
@@ -73,20 +70,6 @@ with tempfile.TemporaryDirectory() as folder:
     )
 sys.exit(done.returncode)
 """
-
-
-class Cost(NamedTuple):
-    """What a frame costs.
-
-    Attributes:
-        cpu_ms: CPU time of a frame in memory to its white, p95, in ms.
-        mb: Peak resident memory of the whole process, in 10^6 bytes.
-        measured: False where these are lower bounds that were computed: the network is far too large.
-    """
-
-    cpu_ms: float
-    mb: float
-    measured: bool = True
 
 
 # --- what can be known without a measurement ---
@@ -116,7 +99,18 @@ def least(net: Structure) -> Cost:
     blocks = list(_blocks(net))
     products = sum(wide * channels * kernel**2 * pixels for wide, channels, kernel, pixels in blocks)
     largest = max(4 * wide * kernel**2 * pixels for wide, _, kernel, pixels in blocks)
-    return Cost(products / FASTEST, largest / 1e6, measured=False)
+    return Cost(products / FASTEST, largest / 1e6, measured=False, parameters=parameters(net))
+
+
+def parameters(net: Structure) -> int:
+    """Return how many parameters a network has: weights, two for each channel's normalisation, and biases."""
+    sizes: list[int] = [3, *net["channels"]]
+    blocks: int = sum(
+        wide * channels * kernel**2 + 2 * channels
+        for wide, channels, kernel in zip(sizes, sizes[1:], net["kernels"])  # noqa: B905
+    )
+    layers: list[int] = [sizes[-1], *net["widths"], 2]
+    return blocks + sum((wide + 1) * size for wide, size in zip(layers, layers[1:]))  # noqa: B905, RUF007
 
 
 def fingerprint(net: Structure) -> str:
@@ -212,7 +206,7 @@ def _cost(net: Structure, line: str, host: str) -> Cost:
         answer = json.loads(line)
         if "error" in answer:
             raise ImgtoolError(f"measuring on {host}: {answer['error']}", answer["hint"])
-        cost = Cost(float(answer["cpu_ms"]), float(answer["mb"]))
+        cost = Cost(float(answer["cpu_ms"]), float(answer["mb"]), parameters=parameters(net))
         if answer["hash"] != fingerprint(net) or not (0 < cost.cpu_ms < inf and 0 < cost.mb < inf):
             raise ValueError
         return cost
@@ -271,7 +265,7 @@ def measured(order: Mapping[str, Any]) -> dict[str, Any]:
         seen = features.picture(cells, height, width)
         forward.deepawb(state, seen, strides=tuple(net["strides"]), layers=len(net["widths"]))
 
-    times = _times(work, order["max_ms"])
+    times = cpu_times(work, order["max_ms"], ROUNDS)
     p50, p95 = np.percentile(times, [50, 95])
     return {
         "cpu_ms": float(p95),
@@ -280,29 +274,6 @@ def measured(order: Mapping[str, Any]) -> dict[str, Any]:
         "calls": len(times),
         "hash": fingerprint(net),
     }
-
-
-def _times(work: Callable[[], None], max_ms: float) -> list[float]:
-    """Return the CPU times in ms of the calls of the fastest of some rounds, after a first call.
-
-    Other processes disturb a round or two, rarely all.
-    """
-    first = _spent(work)
-    if first > HOPELESS * max_ms:
-        return [first]
-    rounds = []
-    for _ in range(ROUNDS):
-        times: list[float] = []
-        while len(times) < FEWEST or (len(times) < CALLS and sum(times) < 1e3 * ENOUGH):
-            times.append(_spent(work))
-        rounds.append(times)
-    return min(rounds, key=lambda times: sorted(times)[int(0.95 * (len(times) - 1))])
-
-
-def _spent(work: Callable[[], None]) -> float:
-    begun = time.process_time()
-    work()
-    return 1e3 * (time.process_time() - begun)
 
 
 def answer(order: Mapping[str, Any]) -> dict[str, Any]:

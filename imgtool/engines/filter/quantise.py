@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from imgtool import dist
+
 LEVELS = 255
 """Steps of an activation's range."""
 MOST = 127
@@ -83,8 +85,9 @@ class Convolution(nn.Conv2d):
     def _watch(self, x: Tensor) -> None:
         """Average the range; the first batch sets it."""
         share = 1 / (self.batches + 1)
-        self.low.lerp_(x.amin().clamp_max(0.0), share)
-        self.high.lerp_(x.amax().clamp_min(0.0), share)
+        low, high = dist.least(torch.stack([x.amin(), -x.amax()])).unbind()
+        self.low.lerp_(low.clamp_max(0.0), share)
+        self.high.lerp_((-high).clamp_min(0.0), share)
         self.batches.add_(1).clamp_max_(MEMORY)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:

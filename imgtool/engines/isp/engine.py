@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from imgtool import losses, metrics
+from imgtool import dist, losses, metrics
 from imgtool.engine import Engine, Terms, Watch
 from imgtool.engines.isp import actions, apply, bench, data, libraw, model, pairs, perceptual, port, unprocess
 from imgtool.engines.isp.layouts import of_another_camera
@@ -107,7 +107,7 @@ def loss(net: nn.Module, batch: Sample, settings: Train) -> Terms:
         seen = perceptual.features(settings.vgg, output.device)
         return losses.fidelity_and_features(output, target, seen)
     terms = {"charbonnier": losses.charbonnier(output, target)}
-    if settings.loss == "charbonnier-msssim" and float(batch.progress[0]) > LATE - 1e-6:
+    if settings.loss == "charbonnier-msssim" and float(dist.least(batch.progress[0])) > LATE - 1e-6:
         terms["ms-ssim"] = 0.15 * losses.ms_ssim_loss(output, target)
     return terms
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from imgtool import losses
+from imgtool import dist, losses
 from imgtool.engine import Terms
 from imgtool.engines.lens import posterior
 from imgtool.engines.lens.geometry import BrownConrady
@@ -63,8 +63,7 @@ def loss(net: nn.Module, batch: Sample, settings: Train) -> Terms:
 
 def _over_known(values: Tensor, batch: Sample) -> Tensor:
     """Return the mean over the photos whose coefficients are known, 0 where there are none."""
-    known = batch.known.to(values.dtype)
-    return (values * known).sum() / known.sum().clamp(min=1)
+    return dist.mean(values, batch.known.to(values.dtype))
 
 
 def _truth(batch: Sample) -> Tensor:

@@ -1,0 +1,518 @@
+"""Fetching: a folder elsewhere becomes one here, many requests at once, and is the same at the end.
+
+What is there and has not changed is left alone. A file appears under its name when it is whole and its hashes
+are right. A broken connection goes on at the byte that it had reached; a process that was killed leaves
+notes, from which the next one goes on.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import random
+import re
+import shutil
+import threading
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import quote, unquote
+
+from imgtool import buckets, files
+from imgtool.buckets import Found, Interrupted, Offline, Place, manifest
+from imgtool.buckets.manifest import Entry, Manifest, hashes
+from imgtool.buckets.state import FOLDER, PIECE, Part, State, held, pieces
+from imgtool.engine import Watch
+from imgtool.errors import USAGE, ImgtoolError
+
+if TYPE_CHECKING:
+    from imgtool.settings import Fetch
+
+JOBS = 32
+"""Requests at once: 30 ms of latency each, and a request of a small file takes little else."""
+
+LARGE = 2 * PIECE
+"""Bytes above which a file is fetched in pieces, by several threads, and survives a kill in parts."""
+
+WAITS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
+"""Seconds between attempts that bring nothing; half of it to all of it, by chance."""
+
+STOP_AFTER = 64
+"""Failures in a row after which the rest is not tried: the network or the permission is gone."""
+
+Content = TypeVar("Content", bytes, Path)
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def action(settings: Fetch, watch: Watch) -> dict[str, object]:
+    """Carry out ``imgtool data fetch URL -o DIR``; see ``fetch`` and ``checked`` for the record."""
+    if settings.check:
+        return checked(settings.url, Path(settings.out), watch)
+    return fetch(
+        settings.url,
+        Path(settings.out),
+        suffixes=settings.suffix,
+        jobs=settings.jobs,
+        force=settings.force,
+        watch=watch,
+    )
+
+
+def fetch(
+    source: str | Place,
+    folder: Path,
+    *,
+    suffixes: Sequence[str] = (),
+    jobs: int = JOBS,
+    force: bool = False,
+    watch: Watch | None = None,
+) -> dict[str, object]:
+    """Fetch a folder elsewhere, or what is missing of it or has changed; see the module's first lines.
+
+    Args:
+        source: Its URL, or the place.
+        folder: The folder here; it gets a manifest.
+        suffixes: Where given, only files that end so (in any case).
+        jobs: Requests at once; each holds up to 8 MiB.
+        force: Overwrite files that were not fetched from there.
+        watch: Told of progress, in files or pieces of large ones, and of what a user should know.
+
+    Returns:
+        ``url``, ``folder``; ``files`` and ``bytes`` that lie there now, of which ``fetched`` came in this run
+        and ``unchanged`` did not; ``seconds``, ``files_per_second`` and ``mb_per_second`` of this run;
+        ``faults``, a line for each file that could not be had.
+
+    Raises:
+        ImgtoolError: Nothing can be listed or there is nothing; the folder holds another URL's files; the
+            disk is full.
+    """
+    return _Fetch(source, folder, watch or Watch(), jobs).run(suffixes, force)
+
+
+def checked(url: str | Path, folder: Path, watch: Watch | None = None) -> dict[str, object]:
+    """Check what lies in a folder against its manifest, without a network; return a record as ``fetch``."""
+    known = manifest.read(folder)
+    if known is None:
+        raise ImgtoolError(f"{folder} has no {manifest.NAME}", "fetch into it first, without --check", USAGE)
+    _refuse_other(known, buckets.url(url), folder)
+    start = time.monotonic()
+    faults = manifest.check(known, folder, watch.done if watch else lambda finished, total: None)
+    total = sum(entry.size for entry in known.entries.values())
+    whole = len(known.entries) - len(faults)
+    return _record(known.url, folder, (whole, total, 0, 0), start, faults)
+
+
+def mirror(
+    url: str | Path,
+    say: Callable[[str], None] = lambda text: None,
+    done: Callable[[int, int], None] = lambda finished, total: None,
+) -> Path:
+    """Return a copy on this machine, in the cache: what has changed is fetched, what has gone is removed.
+
+    Without a network the copy of an earlier call serves where it is complete, which is said.
+
+    Returns:
+        The folder; of a URL that names a file, the file.
+
+    Raises:
+        ImgtoolError: As ``fetch``, or a file could not be had.
+    """
+    name = buckets.url(url)
+    folder = _cached(name)
+    run = _Fetch(name, folder, Watch(done, say), JOBS)
+    try:
+        faults: Any = run.run((), force=True, mirrored=True)["faults"]
+    except Offline as fault:
+        known = manifest.read(folder)
+        if known is None or not known.complete:
+            raise
+        say(f"{fault.what}; the copy of {known.date} is used")
+        return _single(folder, known)
+    if faults:
+        what = f"{len(faults)} files of {name} could not be fetched: {faults[0]}"
+        raise ImgtoolError(what, "run it again: what has come is kept")
+    return _single(folder, run.known)
+
+
+def _cached(url: str) -> Path:
+    """Return the folder of a URL's copy; the last part keeps copies of a folder and of one below it apart."""
+    scheme, _, path = _shown(url).partition("://")
+    if "?" in url:
+        path += "?" + sha256(url.encode()).hexdigest()[:16]
+    parts = [quote(part, safe=" @+=,()").replace("..", "%2E%2E")[-200:] for part in path.split("/") if part]
+    return files.cache_folder().joinpath("buckets", scheme, *parts, ".copy")
+
+
+def _shown(url: str) -> str:
+    """Return a URL as it may be shown and kept: without a password, and what a web server signs it by."""
+    if url.startswith("http"):
+        url = re.sub("//[^/@]*@", "//", url.partition("?")[0].partition("#")[0])
+    return unquote(url).rstrip("/") if url.startswith("http") else url.rstrip("/")
+
+
+def _single(folder: Path, known: Manifest) -> Path:
+    return folder / next(iter(known.entries)) if known.single else folder
+
+
+def _refuse_other(known: Manifest, url: str, folder: Path) -> None:
+    if known.url != _shown(url):
+        hint = "choose another folder with -o, or --force takes this one over"
+        raise ImgtoolError(f"{folder} holds files of {known.url}", hint, USAGE)
+
+
+def _record(
+    url: str, folder: Path, counts: tuple[int, int, int, int], start: float, faults: list[str]
+) -> dict[str, object]:
+    """Return what a run tells; counts are files, bytes, files fetched and bytes fetched."""
+    seconds = time.monotonic() - start
+    number, size, fetched, brought = counts
+    return {
+        "url": url,
+        "folder": str(folder),
+        "files": number,
+        "bytes": size,
+        "fetched": fetched,
+        "unchanged": number - fetched,
+        "seconds": round(seconds, 3),
+        "files_per_second": round(fetched / seconds, 1) if seconds else 0.0,
+        "mb_per_second": round(brought / seconds / 1e6, 1) if seconds else 0.0,
+        "faults": faults,
+    }
+
+
+class _Full(ImgtoolError):
+    """The disk is full: nothing else can be fetched either."""
+
+
+class _Fetch:
+    """One fetch into one folder."""
+
+    def __init__(self, source: str | Place, folder: Path, watch: Watch, jobs: int) -> None:
+        self.place = buckets.open(source) if isinstance(source, str) else source
+        self.folder, self.watch, self.jobs = folder, watch, max(1, jobs)
+        self.url = _shown(source if isinstance(source, str) else self.place.url(""))
+        self.faults: list[str] = []
+        self.known = Manifest(self.url)
+        self._in_the_way: set[str] = set()
+        self._stop = threading.Event()
+        self._believed = True  # that an ETag which looks like an MD5 is one
+
+    def run(self, suffixes: Sequence[str], force: bool, mirrored: bool = False) -> dict[str, object]:
+        """Do all of it; ``mirrored`` removes what is listed no more."""
+        start = time.monotonic()
+        listed = self.place.list()
+        if not listed:
+            raise ImgtoolError(f"there is nothing at {self.url}", "check the name", USAGE)
+        with held(self.folder, self.watch.say) as state:
+            self.known = self._before(state, force)
+            wanted = self._safe(_chosen(listed, suffixes))
+            self.known.single = len(listed) == 1 and _shown(self.place.url(listed[0].path)) == self.url
+            if mirrored:
+                self._remove({found.path for found in wanted})
+            state.sweep({found.path for found in wanted})
+            todo = self._todo(wanted, force)
+            self.known.complete = False
+            fetched: list[Entry] = []
+            try:
+                self._all(todo, state, fetched)
+                self.known.complete = not suffixes and not self.faults
+            finally:
+                self.known.write(self.folder)
+                state.forget()
+        paths = [each.path for each in wanted if each.path not in self._in_the_way]
+        have = [self.known.entries[path] for path in paths if path in self.known.entries]
+        counts = (len(have), _bytes(have), len(fetched), _bytes(fetched))
+        return _record(self.url, self.folder, counts, start, self.faults)
+
+    def _before(self, state: State, force: bool) -> Manifest:
+        """Return what is known of the folder: its manifest, and the notes of a fetch that was killed."""
+        known = manifest.read(self.folder)
+        if known is not None and known.url != self.url:
+            if not force:
+                _refuse_other(known, self.url, self.folder)
+            known = None
+            state.forget()
+        known = known or Manifest(self.url)
+        for path, entry in state.finished().items():
+            if _untouched(self.folder / path, entry):  # else the kill came between its note and its name
+                known.entries[path] = entry
+        return known
+
+    def _safe(self, listed: list[Found]) -> list[Found]:
+        """Leave out what could not lie in the folder by its name; each is a fault."""
+        folds = (self.folder / FOLDER / "LOCK").exists()  # the file system does not tell "a" from "A"
+        folders = {
+            parent.lower() if folds else parent for each in listed for parent in manifest.above(each.path)
+        }
+        kept: dict[str, Found] = {}
+        for found in listed:
+            name = found.path.lower() if folds else found.path
+            if _outside(found.path):
+                self.faults.append(f"{found.path}: refused, for it would lie outside the folder")
+            elif name in folders:
+                self.faults.append(f"{found.path}: refused, for it is the name of a folder too")
+            elif name in kept:
+                self.faults.append(f"{found.path}: refused, for {kept[name].path} has the same name here")
+            else:
+                kept[name] = found
+        return list(kept.values())
+
+    def _remove(self, listed: set[str]) -> None:
+        for path in set(self.known.entries) - listed:
+            target = self.folder / path
+            target.unlink(missing_ok=True)
+            del self.known.entries[path]
+            for parent in list(target.parents)[: path.count("/")]:
+                if any(parent.iterdir()):
+                    break
+                parent.rmdir()
+
+    def _todo(self, wanted: list[Found], force: bool) -> list[Found]:
+        """Return what has to be fetched, the largest first; add a fault for each file that is in the way."""
+        with ThreadPoolExecutor(self.jobs) as threads:
+            states = list(threads.map(self._lies_there, wanted))
+        todo = []
+        for found, entry in zip(wanted, states, strict=True):
+            if isinstance(entry, Entry):
+                self.known.entries[found.path] = entry
+            elif entry and not force:
+                self.faults.append(f"{found.path}: {entry}; --force overwrites it")
+                self._in_the_way.add(found.path)
+            else:
+                self.known.entries.pop(found.path, None)
+                todo.append(found)
+        return sorted(todo, key=lambda found: (-found.size if found.size > LARGE else 0, found.path))
+
+    def _lies_there(self, found: Found) -> Entry | str:
+        """Return the entry of a file that need not be fetched, "" where it must be, or what is in the way."""
+        target = self.folder / found.path
+        try:
+            state = target.stat()
+        except OSError:
+            return ""
+        entry = self.known.entries.get(found.path)
+        if entry and (_untouched(target, entry) or _same(target, entry)):
+            new = found.tag != entry.tag or not found.tag or found.size not in (-1, entry.size)
+            return "" if new else replace(entry, modified=state.st_mtime_ns)
+        if found.digests and state.st_size == found.size and target.is_file():
+            made = hashes(target, dict(found.digests))
+            if all(made.get(name, value) == value for name, value in found.digests):
+                return _entry(found, state, made)
+        return "it was changed here" if entry else "another file is there already"
+
+    def _all(self, todo: list[Found], state: State, fetched: list[Entry]) -> None:
+        """Fetch them, ``fetched`` taking each as it is finished."""
+        large = [Part(state, found) for found in todo if found.size > LARGE]
+        small = [found for found in todo if found.size <= LARGE]
+        self._refuse_full(sum(part.missing for part in large) + sum(max(0, found.size) for found in small))
+        tasks: Iterator[tuple[str, Callable[[], Entry | None]]] = itertools.chain(
+            (
+                (part.found.path, _bound(self._piece, part, state, piece))
+                for part in large
+                for piece in part.todo()
+            ),
+            ((found.path, _bound(self._small, found, state)) for found in small),
+        )
+        total = sum(len(part.todo()) for part in large) + len(small)
+        row = 0
+        with closing(self._each(tasks, min(self.jobs, total))) as results:
+            for number, (path, got) in enumerate(results, 1):
+                if isinstance(got, Entry):
+                    self.known.entries[path] = got
+                    fetched.append(got)
+                elif got:
+                    self.faults.append(f"{path}: {got}")
+                row = row + 1 if isinstance(got, str) else 0
+                self.watch.done(number, total)
+                if row == STOP_AFTER and number < total:
+                    self.faults.append(f"{total - number} more were not tried, after {row} failures in a row")
+                    return
+
+    def _refuse_full(self, need: int) -> None:
+        free = shutil.disk_usage(self.folder).free
+        if need > free:
+            what = f"{self.folder} has {free / 1e6:.0f} MB free, and {need / 1e6:.0f} MB are to be fetched"
+            raise _Full(what, "free some space or choose another folder with -o")
+
+    def _each(
+        self, tasks: Iterator[tuple[str, Callable[[], Entry | None]]], threads: int
+    ) -> Generator[tuple[str, Entry | str | None]]:
+        """Yield what each task came to, an entry, None or a fault, as they end; closing it stops them."""
+        lock = threading.Lock()
+        ended: SimpleQueue[tuple[str, Entry | str | None] | None] = SimpleQueue()
+
+        def work() -> None:
+            try:
+                while not self._stop.is_set():
+                    with lock:
+                        task = next(tasks, None)
+                    if task is None:
+                        return
+                    ended.put((task[0], self._outcome(task[1])))
+            except BaseException:
+                self._stop.set()
+                raise
+            finally:
+                ended.put(None)
+
+        with ThreadPoolExecutor(max(1, threads)) as crew:
+            futures = [crew.submit(work) for _ in range(threads)]
+            try:
+                for _ in futures:
+                    while (result := ended.get()) is not None:
+                        yield result
+            finally:
+                self._stop.set()
+            for future in futures:
+                future.result()
+
+    def _outcome(self, task: Callable[[], Entry | None]) -> Entry | str | None:
+        try:
+            return task()
+        except _Full:
+            raise
+        except ImgtoolError as fault:
+            return f"{fault.what} ({fault.hint})" if fault.hint else fault.what
+        except OSError as fault:
+            reason = (fault.strerror or str(fault)).lower()
+            if fault.errno in _FULL:
+                hint = "free some space, and run it again: what has come is kept"
+                raise _Full(f"cannot write {self.folder}: {reason}", hint) from None
+            return f"cannot be written: {reason}"
+
+    def _small(self, found: Found, state: State) -> Entry:
+        data, made = self._right(
+            found, self._read(found, 0, found.size), lambda: self._read(found, 0, found.size)
+        )
+        temporary = state.temporary(found.path, ".new")
+        temporary.write_bytes(data)
+        return self._finish(found, state, temporary, made)
+
+    def _piece(self, part: Part, state: State, piece: tuple[int, int]) -> Entry | None:
+        """Fetch a piece; the last one makes the file whole."""
+        if part.failed or self._stop.is_set():
+            return None
+        try:
+            if piece in part.left and not part.put(piece[0], self._read(part.found, *piece)):
+                return None
+            _, made = self._right(part.found, part.file, lambda: self._once_more(part))
+        except BaseException:
+            part.failed = True
+            raise
+        entry = self._finish(part.found, state, part.file, made)
+        part.drop()
+        return entry
+
+    def _once_more(self, part: Part) -> Path:
+        for begin, end in pieces(part.found.size):
+            part.write(begin, self._read(part.found, begin, end))
+        return part.file
+
+    def _finish(self, found: Found, state: State, temporary: Path, made: dict[str, str]) -> Entry:
+        entry = _entry(found, temporary.stat(), made)
+        state.add(entry, temporary, self.folder / found.path)
+        return entry
+
+    def _read(self, found: Found, begin: int, end: int) -> bytes:
+        """Read a range, going on at the byte reached when the connection breaks; -1 as the end reads all."""
+        got, tries = b"", 0
+        while True:
+            try:
+                if end < 0:
+                    return self.place.whole(found)
+                return got + self.place.read(found, begin + len(got), end)
+            except Interrupted as broke:
+                if broke.got and end >= 0:
+                    got, tries = got + broke.got, 0
+                if tries == len(WAITS) or self._stop.wait(WAITS[tries] * random.uniform(0.5, 1)):
+                    raise ImgtoolError(str(broke), "run it again: what has come is kept") from None
+                tries += 1
+
+    def _right(
+        self, found: Found, content: Content, again: Callable[[], Content]
+    ) -> tuple[Content, dict[str, str]]:
+        """Return a content and its hashes once they are those that the store tells.
+
+        A content that is not what the store tells is fetched once more. Where an ETag alone says so, and the
+        same comes again, the ETag is no MD5 (a store that encrypts with a key of the user makes such ones)
+        and none is believed from then on.
+        """
+        made = hashes(content, dict(found.digests))
+        for last in (False, True):
+            wrong = [name for name, value in self._told(found) if made.get(name, value) != value]
+            if not wrong:
+                return content, made
+            if last:
+                break
+            content, before = again(), made
+            made = hashes(content, dict(found.digests))
+            if wrong == ["etag-md5"] and made == before:
+                self._doubt()
+        hint = "run it again; where that does not help, what is stored or the way to it is damaged"
+        raise ImgtoolError(f"its {wrong[0].upper()} is not what the store tells, twice", hint)
+
+    def _told(self, found: Found) -> Iterable[tuple[str, str]]:
+        return [(name, value) for name, value in found.digests if self._believed or name != "etag-md5"]
+
+    def _doubt(self) -> None:
+        if self._believed:
+            self._believed = False
+            self.watch.say("the store's ETags are no MD5s (encrypted with a key?): sizes alone are checked")
+
+
+def _bound(function: Callable[..., Any], *arguments: object) -> Callable[[], Any]:
+    return lambda: function(*arguments)
+
+
+def _untouched(path: Path, entry: Entry) -> bool:
+    try:
+        state = path.stat()
+    except OSError:
+        return False
+    return (state.st_size, state.st_mtime_ns) == (entry.size, entry.modified)
+
+
+def _same(path: Path, entry: Entry) -> bool:
+    return path.is_file() and path.stat().st_size == entry.size and hashes(path)["sha256"] == entry.sha256
+
+
+def _entry(found: Found, state: os.stat_result, made: dict[str, str]) -> Entry:
+    told = dict(found.digests)
+    md5 = next(
+        (made[name] for name in ("md5", "etag-md5") if told.get(name) and made[name] == told[name]), ""
+    )
+    return Entry(found.path, state.st_size, found.tag, made["sha256"], state.st_mtime_ns, md5)
+
+
+def _bytes(entries: Iterable[Entry]) -> int:
+    return sum(entry.size for entry in entries)
+
+
+def _chosen(listed: list[Found], suffixes: Sequence[str]) -> list[Found]:
+    """Return the files with one of these suffixes, without what a fetch itself writes."""
+    endings = tuple(suffix.lower() for suffix in suffixes)
+    own = (manifest.NAME, FOLDER)
+    return [
+        found
+        for found in listed
+        if found.path.partition("/")[0] not in own and (not endings or found.path.lower().endswith(endings))
+    ]
+
+
+def _outside(path: str) -> bool:
+    r"""Tell whether a path could lead out of a folder, on this system or another.
+
+    >>> [_outside(path) for path in ("a/b.jpg", "../b.jpg", "/b", "C:/b", "a/..\\..\\b", "a..b", "")]
+    [False, True, True, True, True, False, True]
+    """
+    windows = PureWindowsPath(path)
+    parts = (*PurePosixPath(path).parts, *windows.parts)
+    return not parts or bool(windows.anchor) or path.startswith("/") or ".." in parts or "\0" in path

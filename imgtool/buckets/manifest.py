@@ -1,0 +1,164 @@
+"""The manifest of a fetched folder: what lies there, where it came from, and hashes to check it by."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from imgtool import files
+from imgtool.errors import ImgtoolError
+
+NAME = "imgtool-manifest.jsonl"
+"""Its file, in the folder: a line about the whole, then a line per file, sorted by path."""
+
+_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file that was fetched.
+
+    Attributes:
+        path: Its path below the folder, with slashes.
+        size: Bytes.
+        tag: ``Found.tag`` of the content that was fetched.
+        sha256: SHA-256 in hexadecimal.
+        modified: Time of its last change on this machine, in nanoseconds: one that was not touched since is
+            not read again.
+        md5: MD5 in hexadecimal where the store told it, else "".
+    """
+
+    path: str
+    size: int
+    tag: str
+    sha256: str
+    modified: int = 0
+    md5: str = ""
+
+    def line(self) -> bytes:
+        """Return its line of JSON."""
+        return (
+            json.dumps({name: value for name, value in asdict(self).items() if value != ""}).encode() + b"\n"
+        )
+
+
+@dataclass
+class Manifest:
+    """What a folder holds.
+
+    Attributes:
+        url: Where it came from.
+        entries: Path to entry.
+        complete: Whether the last fetch brought every file that was listed, without a choice of suffixes.
+        single: Whether the URL names a file, which is all that the folder holds.
+        date: When the last fetch ended, in UTC (ISO 8601).
+    """
+
+    url: str
+    entries: dict[str, Entry] = field(default_factory=dict)
+    complete: bool = False
+    single: bool = False
+    date: str = ""
+
+    def write(self, folder: Path) -> None:
+        """Write it whole or not at all, with the time of now."""
+        self.date = datetime.now(UTC).isoformat(timespec="seconds")
+        rows = [self.entries[path] for path in sorted(self.entries)]
+        head = {"url": self.url, "date": self.date, "complete": self.complete, "single": self.single}
+        counts = {"files": len(rows), "bytes": sum(row.size for row in rows)}
+        lines = [json.dumps(head | counts).encode() + b"\n", *(row.line() for row in rows)]
+        files.write(folder / NAME, b"".join(lines))
+
+
+def read(folder: Path) -> Manifest | None:
+    """Return the manifest of a folder; None where it has none."""
+    try:
+        head, *rows = files.json_lines(folder / NAME) or [{}]
+    except ImgtoolError:
+        return None
+    told: dict[str, Any] = {
+        name: head[name] for name in ("url", "complete", "single", "date") if name in head
+    }
+    return Manifest(entries=entries(rows), **{"url": ""} | told)
+
+
+def entries(rows: Iterable[dict[str, Any]]) -> dict[str, Entry]:
+    """Return the entries of lines by path; a line that is none is left out, the last of a path counts."""
+    found = {}
+    for row in rows:
+        try:
+            entry = Entry(**row)
+        except TypeError:
+            continue
+        found[entry.path] = entry
+    return found
+
+
+def hashes(content: bytes | Path, names: Iterable[str] = ()) -> dict[str, str]:
+    """Return hashes of a content or a file in hexadecimal: SHA-256, and those of these names that are known.
+
+    Args:
+        content: The bytes, or the file that holds them.
+        names: Of "md5", "etag-md5" and "git-sha1" (git's name of it: SHA-1 of a header and the content).
+    """
+    size = len(content) if isinstance(content, bytes) else content.stat().st_size
+    made: dict[str, Any] = {"sha256": hashlib.sha256()}
+    for name in names:
+        if name in ("md5", "etag-md5"):
+            made[name] = hashlib.md5(usedforsecurity=False)
+        elif name == "git-sha1":
+            made[name] = hashlib.sha1(f"blob {size}\0".encode(), usedforsecurity=False)
+    for block in [content] if isinstance(content, bytes) else _blocks(content):
+        for each in made.values():
+            each.update(block)
+    return {name: each.hexdigest() for name, each in made.items()}
+
+
+def _blocks(source: Path) -> Iterable[bytes]:
+    with source.open("rb") as file:
+        while block := file.read(_BLOCK):
+            yield block
+
+
+def above(path: str) -> list[str]:
+    """Return every folder on the way to a path.
+
+    >>> above("a/b/c.jpg")
+    ['a', 'a/b']
+    """
+    return [path[: match.start()] for match in re.finditer("/", path)]
+
+
+def check(
+    manifest: Manifest, folder: Path, done: Callable[[int, int], None] = lambda finished, total: None
+) -> list[str]:
+    """Read every file of a manifest again and return what is wrong, a line each; no network is needed."""
+    faults = []
+    with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
+        rows = list(manifest.entries.values())
+        for number, fault in enumerate(threads.map(lambda row: _wrong(row, folder), rows), 1):
+            if fault:
+                faults.append(fault)
+            done(number, len(rows))
+    return faults
+
+
+def _wrong(entry: Entry, folder: Path) -> str:
+    path = folder / entry.path
+    try:
+        size = path.stat().st_size
+        if size != entry.size:
+            return f"{entry.path}: {size} bytes, not {entry.size}"
+        if hashes(path)["sha256"] != entry.sha256:
+            return f"{entry.path}: its SHA-256 is not that of the manifest"
+    except OSError as fault:
+        return f"{entry.path}: {(fault.strerror or str(fault)).lower()}"
+    return ""

@@ -1,0 +1,339 @@
+"""The books of a batch: what is left out, made and failed, and all that is written of the whole."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from imgtool import files, outputs, report
+from imgtool.console import plain
+from imgtool.engine import Engine, Watch
+from imgtool.errors import DONE, FAILED, ImgtoolError
+from imgtool.infer.listing import Job, Order, Places
+from imgtool.infer.work import Outcome, Work, no_memory
+from imgtool.settings import Infer
+
+if TYPE_CHECKING:
+    from imgtool.console import Bar, Console
+    from imgtool.runner.manifest import Manifest
+    from imgtool.runner.shards import Shard
+
+AHEAD = 8
+"""Photos that are fetched before it is their turn."""
+
+
+@dataclass
+class Batch:
+    """A list of inputs, what was made of them, and what failed.
+
+    Attributes:
+        console: Told of every input as it ends.
+        jobs: The inputs, of the whole or of one part of it.
+        places: Every file that is written.
+        work: What is done to one input.
+        shard: Which part it is, None for the whole.
+        manifest: Where each input is noted as it begins and ends.
+    """
+
+    console: Console
+    jobs: Sequence[Job]
+    places: Places
+    work: Work
+    shard: Shard | None = None
+    folder: Path | None = None
+    names: Mapping[Path, str] = field(default_factory=dict)
+    table: outputs.Table | None = None
+    manifest: Manifest | None = None
+    failures: list[tuple[str, ImgtoolError]] = field(default_factory=list)
+    entries: list[report.Entry] = field(default_factory=list)
+    made: list[Job] = field(default_factory=list)
+    _unsaved: str = ""
+    _next: float = 0.0
+
+    @property
+    def engine(self) -> Engine:
+        """The engine."""
+        return self.work.engine
+
+    @property
+    def settings(self) -> Infer:
+        """Settings of ``infer``."""
+        return self.work.settings
+
+    def open_books(self) -> None:
+        """Name the outputs within their folder, and begin or go on with the engine's table.
+
+        The manifest of a runner or of a part is opened by ``open_manifest``.
+
+        Raises:
+            ImgtoolError: A table exists that may not be overwritten, or is damaged.
+        """
+        settings = self.settings
+        if files.is_folder([job.item for job in self.places.jobs], settings.out):
+            self.folder = Path(str(settings.out))
+        self.names = outputs.below(self.folder, [job.place for job in self.jobs if job.place])
+        if not self.folder or not self.engine.table:
+            return
+        path = self.folder / self.engine.table
+        path = self.shard.named(path) if self.shard else path
+        self.table = outputs.Table(path, list(self.names.values()))
+        self._check_new(path, settings.force or settings.skip_existing)
+        if settings.skip_existing:
+            self._take_back(path)
+            self.table.load()
+
+    def _take_back(self, path: Path) -> None:
+        """Fetch what an earlier run sent, so that it is gone on with."""
+        if self.work.transit and path in self.work.transit.sent():
+            from imgtool import buckets
+
+            place = buckets.open(self.work.transit.shown(path))
+            files.write(path, place.whole(place.list()[0]))
+
+    def open_manifest(self) -> None:
+        """Begin or go on with the manifest, where there is a folder that holds it.
+
+        Raises:
+            ImgtoolError: It cannot be read or written.
+        """
+        if self.folder:
+            from imgtool.runner import manifest
+
+            path = self.folder / manifest.name(self.settings.shard)
+            self._take_back(path)
+            self.manifest = manifest.Manifest(path)
+        if self.manifest and self.table and self.settings.skip_existing:
+            known = {plain(job.item.name): job.place for job in self.jobs if job.place}
+            for name, row in self.manifest.rows.items():
+                if name in known:
+                    self.table.rows.setdefault(self.names[known[name]], row)
+
+    def close(self) -> None:
+        """Write the rest of the table, close the manifest, and send both to where they belong."""
+        if self.table and self._unsaved:
+            self.table.add(self._unsaved, self.table.rows[self._unsaved])
+        if self.manifest:
+            self.manifest.close()
+        whole = [self.table.path if self.table else None, self.manifest.path if self.manifest else None]
+        if self.work.transit:
+            self.work.transit.send([path for path in whole if path and path.exists()])
+
+    def go(self, bar: Bar) -> None:
+        """Process every input, after a look at all of them where the engine wants one."""
+        surveyed = self._survey(bar)
+        for number, job in enumerate(self.jobs, 1):
+            if not self.console.live:
+                self.console.detail(f"{number}/{len(self.jobs)} {job.item.name}")
+            self._fetch_ahead(number - 1)
+            self._each(self.places.order(job), bar, [surveyed[number - 1]] if surveyed else [])
+            bar.advance(1)
+            if self.stopped:
+                break
+
+    @property
+    def stopped(self) -> bool:
+        """Whether no further input is to be begun, for one has failed."""
+        return bool(self.failures) and self.settings.fail_fast
+
+    def _fetch_ahead(self, number: int) -> None:
+        if self.work.transit:
+            coming = self.jobs[:AHEAD] if number == 0 else self.jobs[number + AHEAD - 1 : number + AHEAD]
+            self.work.transit.ahead([job.item for job in coming if not self._is_done(job)])
+
+    def _survey(self, bar: Bar) -> Sequence[object]:
+        """Let the engine look at every photo, also at those whose output is there already."""
+        engine = self.engine
+        if (
+            engine.survey is None
+            or not engine.wants_survey(self.settings)
+            or all(map(self._is_done, self.jobs))
+        ):
+            return ()
+        readers: list[tuple[str, Callable[[], Any]]] = [
+            (job.item.name, partial(self.work.glimpsed, job.item)) for job in self.jobs
+        ]
+        watch = Watch(lambda done, total: bar.update(f"looking at {done}/{total}"), self.console.say)
+        return engine.survey(self.work.net, readers, self.settings, watch)
+
+    def _there(self, path: Path) -> bool:
+        """Tell whether a file exists, here or where it is sent to."""
+        return path.exists() or (self.work.transit is not None and path in self.work.transit.sent())
+
+    def _is_done(self, job: Job) -> bool:
+        """Tell whether an input is left out: its output exists, or without a picture all files beside."""
+        if not self.settings.skip_existing or (self.manifest and self.manifest.broken(job.item)):
+            return False
+        if job.target:
+            return self._there(job.target)
+        written = [] if job.stream else self.places.written(job)
+        return bool(written) and all(map(self._there, written))
+
+    def _check_new(self, path: Path, force: bool) -> None:
+        files.check_new(path, force)
+        if not force and self._there(path):
+            raise ImgtoolError(f"{path} exists", "--force overwrites it, --skip-existing leaves it out")
+
+    def _each(self, order: Order, bar: Bar, known: list[object]) -> None:
+        """Process one input and say how it went."""
+        if self.admitted(order, bar, known):
+            self.begun(order)
+            try:
+                outcome = self.work.do(order, known, bar, partial(self.keep, order.job))
+            except ImgtoolError as fault:
+                self.failed(order, fault)
+            else:
+                self.done(order, outcome)
+
+    def admitted(self, order: Order, bar: Bar, known: Sequence[object] = ()) -> bool:
+        """Tell whether an input is to be worked on; where not, say why: its output is there.
+
+        Args:
+            order: The input.
+            bar: Told how the page's picture of a photo that is left out goes on.
+            known: What a survey found of the photo, if there was one.
+        """
+        job = order.job
+        try:
+            if job.place and self._is_done(job):
+                self._left_out(order, job.place, bar, known)
+                return False
+            self._check(order)
+            return True
+        except ImgtoolError as fault:
+            self.failed(order, fault, begun=False)
+        except MemoryError:
+            self.failed(order, no_memory(), begun=False)
+        self.work.drop(job.item)
+        return False
+
+    def _check(self, order: Order) -> None:
+        """Refuse to overwrite files that were there before."""
+        job = order.job
+        # A row without its output was interrupted between the two: what lies beside is ours.
+        again = self.table is not None and job.place is not None and self.names[job.place] in self.table.rows
+        ours = self.settings.skip_existing and self.manifest is not None and self.manifest.broken(job.item)
+        for path in order.written:
+            self._check_new(path, self.settings.force or ours or (again and path != job.target))
+
+    def begun(self, order: Order, worker: str = "") -> None:
+        """Note that an input's files may be written from now on."""
+        self._note(order, {"status": "begun", "worker": worker})
+
+    def done(self, order: Order, outcome: Outcome, worker: str = "") -> None:
+        """Note and say what was made of an input."""
+        record = outcome.record
+        self.made.append(order.job)
+        if outcome.entry:
+            self.entries.append(outcome.entry)
+        more = {"row": outcome.row} if self.table else {}
+        told = {"seconds": record["seconds"], "facts": record["facts"]}
+        self._note(order, {"status": "done", "worker": worker, **told, **more})
+        self.console.result(record, outcome.line)
+
+    def keep(self, job: Job, row: Mapping[str, object]) -> None:
+        """Put a photo's row into the table, where there is one.
+
+        Where the manifest has it too, the table, written whole each time, takes a twentieth of the time.
+        """
+        if not self.table or not job.place:
+            return
+        name, now = self.names[job.place], time.monotonic()
+        if self.manifest and now < self._next:
+            self.table.rows[name], self._unsaved = dict(row), name
+            return
+        self.table.add(name, row)
+        self._unsaved, self._next = "", now + 20 * (time.monotonic() - now)
+
+    def _note(self, order: Order, told: Mapping[str, Any]) -> None:
+        if self.manifest:
+            job = order.job
+            self.manifest.add({"input": job.item.name, "output": job.target and str(job.target), **told})
+
+    def _left_out(self, order: Order, place: Path, bar: Bar, known: Sequence[object]) -> None:
+        """Say that an output is there already; the page shows it as if it were made now."""
+        item, target = order.job.item, order.job.target
+        self._note(order, {"status": "left out"})
+        self.console.result({"input": item.name, "output": target and str(target), "skipped": True})
+        rowless = self.table is not None and self.names[place] not in self.table.rows
+        note = f", without a row in {self.engine.table}" if rowless else ""
+        there = f"{target} exists" if target else "its files exist"
+        self.console.say(f"{item.name}: {there}, left out{note}")
+        self.made.append(order.job)
+        if self.settings.report and item.source and (target or self.engine.open):
+            self._shown_again(order, bar, known)
+
+    def _shown_again(self, order: Order, bar: Bar, known: Sequence[object]) -> None:
+        """Show on the page an output that was there already.
+
+        What lies before the output of an engine that reads its inputs itself, it alone can tell.
+        """
+        from imgtool import images
+
+        item, target, work = order.job.item, order.job.target, self.work
+        before, facts = work.opened(item), {"left out": "it was there already"}
+        after = images.read(target).pixels if target else None
+        if self.engine.open:
+            result = self.engine.apply(work.net, before, self.settings, work.watch(order, bar, True), *known)
+            before, after = result.before or before, result.image if after is None else after
+        work.drop(item)
+        if after is not None:
+            icc = before.icc or b""
+            self.entries.append(report.entry(item.name, before.pixels, after, facts, icc=icc))
+
+    def failed(self, order: Order, fault: ImgtoolError, worker: str = "", begun: bool = True) -> None:
+        """Note and say what went wrong with an input.
+
+        Args:
+            order: The input.
+            fault: What went wrong.
+            worker: Who worked on it.
+            begun: Whether some of its files may have been written.
+        """
+        name = order.job.item.name
+        self.failures.append((name, fault))
+        told = {"error": fault.what, "hint": fault.hint}
+        self._note(order, {"status": "failed", "worker": worker, **told, "begun": begun})
+        self.console.error(fault, "" if name in fault.what else name)
+        self.console.result({"input": name, **told})
+        if self.settings.report:
+            self.entries.append(report.failed(name, fault.what, fault.hint))
+
+    def write_page(self, page: Path) -> None:
+        """Write the page of the report, of what was done and what failed."""
+        about: dict[str, object] = {"engine": self.engine.name, "weights": self.work.model}
+        if len(self.entries) < len(self.jobs):
+            about["not done, or left out"] = len(self.jobs) - len(self.entries)
+        report.page(self.entries, page, title=f"imgtool infer {self.engine.name}", about=about)
+        self.console.say(f"report: {page}")
+
+    def write_archive(self, path: Path) -> None:
+        """Write the archive of every output that is there, with what lies beside it."""
+        members: dict[str, Path] = {}
+        inputs = {job.item.source for job in self.jobs}
+        for job in self.made:
+            place, beside = job.place or Path(), self.places.beside[job].values()
+            for each in beside if place in inputs else [place, *beside]:
+                name = Path("outputs", self.names[place]).with_name(each.name)
+                members |= {name.as_posix(): each} if each.exists() else {}
+            pair = outputs.paired(place)
+            if self.settings.side_by_side and pair.exists():
+                members[Path("side_by_side", self.names[place]).with_name(pair.name).as_posix()] = pair
+        if self.table and self.table.path.exists():
+            members[self.table.path.name] = self.table.path
+        outputs.archive(path, members)
+        self.console.say(f"archive: {path}, {len(members)} files")
+
+    def verdict(self) -> int:
+        """Say what failed, all together at the end of a batch, and return the exit code."""
+        if not self.failures:
+            return DONE
+        if len(self.jobs) == 1:
+            return self.failures[0][1].code
+        self.console.say(f"{len(self.failures)} of {len(self.jobs)} failed:")
+        for name, fault in self.failures:
+            self.console.say(f"  {fault.what}" if name in fault.what else f"  {name}: {fault.what}")
+        return FAILED

@@ -1,0 +1,221 @@
+"""Many photos: ``--runner`` spreads them over processes or a Ray cluster, ``--shard`` over an array of jobs.
+
+One process, the driver, knows the names of all files, deals the photos, prints, and keeps the books; workers
+do to one photo after the other what the plain run does.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from imgtool import runtime
+from imgtool.console import Bar
+from imgtool.errors import ImgtoolError
+from imgtool.infer.batch import Batch
+from imgtool.infer.listing import Order
+from imgtool.infer.work import Outcome
+from imgtool.runner import cluster, processes
+from imgtool.runner.dealer import Dealer, Pool
+from imgtool.runner.worker import Brief
+
+EVERY = 10.0
+"""Seconds between lines that tell how far it is, where no bar is drawn."""
+
+STALE = 600.0
+"""Age in seconds at which a temporary file in a folder that others write to as well is nobody's."""
+
+
+def run(batch: Batch) -> int:
+    """Process a batch by workers.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        ImgtoolError: Workers do not start, or cannot: no Ray, a device that is not there, weights that do not
+            fit.
+    """
+    settings, console = batch.settings, batch.console
+    if settings.runner == "ray":
+        cluster.check()
+    batch.open_manifest()
+    books = Books(batch)
+    try:
+        with console.progress(len(batch.jobs), f"infer {batch.engine.name}") as books.bar:
+            orders = [order for order in map(batch.places.order, batch.jobs) if books.admitted(order)]
+            if orders and not batch.stopped:
+                _deal(books, orders)
+    except KeyboardInterrupt:
+        console.say(books.left())
+        raise
+    finally:
+        books.sweep()
+        batch.close()
+    console.say(books.told())
+    if console.json:
+        console.result({"summary": books.summary()})
+    return batch.verdict()
+
+
+def _deal(books: Books, orders: Sequence[Order]) -> None:
+    """Hire workers, and have them do all."""
+    settings = books.batch.settings
+    pool, workers, threads = _pool(books, min(settings.workers, len(orders)), settings.threads)
+    workers = min(workers, len(orders))
+    books.batch.console.say(
+        f"{len(orders)} photos, {workers} workers of {threads} thread{'s' * (threads > 1)}"
+    )
+    dealer = Dealer(pool, books, workers, settings.fail_fast, books.tick)
+    books.dealer = dealer
+    at_once = True
+    try:
+        dealer.run(orders)
+        at_once = False
+    finally:
+        books.ended_at = time.monotonic()
+        books.dead += [order for hand in dealer.hands for order in hand.orders]
+        pool.close(at_once)
+
+
+def _pool(books: Books, workers: int, threads: int) -> tuple[Pool, int, int]:
+    batch = books.batch
+
+    def brief() -> Brief:
+        plan = batch.work.transit.plan if batch.work.transit else None
+        settings = batch.settings.model_copy(update={"threads": threads})
+        return Brief(batch.engine.name, settings, batch.work.total, os.getcwd(), plan)
+
+    if batch.settings.runner == "ray":
+        ours, workers, threads = cluster.connect(workers, threads)
+        return cluster.Cluster(brief(), ours), workers, threads
+    cores = runtime.cores()
+    workers, threads = cluster.sizes(workers, threads, cores, cores)
+    return processes.Processes(brief()), workers, threads
+
+
+@dataclass
+class Books:
+    """Tells the batch what workers did, and the user how far it is.
+
+    Attributes:
+        batch: The batch.
+        bar: Moves with each photo.
+        dealer: Who deals, once there is something to deal.
+        dead: Photos whose worker died with them.
+        counts: How many photos ended how.
+    """
+
+    batch: Batch
+    bar: Bar = field(default_factory=Bar)
+    dealer: Dealer | None = None
+    dead: list[Order] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+    began: float = field(default_factory=time.monotonic)
+    ended_at: float = 0.0
+    _told_at: float = field(default_factory=time.monotonic)
+    _leftovers: set[Path] = field(default_factory=set)
+
+    def admitted(self, order: Order) -> bool:
+        """Tell whether a photo is to be done; count it where it is not."""
+        failures = len(self.batch.failures)
+        if self.batch.stopped or self.batch.admitted(order, self.bar):
+            return not self.batch.stopped
+        self.counts["failed" if len(self.batch.failures) > failures else "left out"] += 1
+        self.bar.advance(1)
+        return False
+
+    def begun(self, order: Order, worker: str) -> None:
+        """Note that a worker may begin with a photo."""
+        self.batch.begun(order, worker)
+
+    def ended(self, order: Order, outcome: Outcome, worker: str) -> None:
+        """Note and say what was made of a photo."""
+        self.counts["done"] += 1
+        self.batch.keep(order.job, outcome.row)
+        self.batch.done(order, outcome, worker)
+        self.bar.advance(1)
+
+    def failed(self, order: Order, fault: ImgtoolError, worker: str) -> None:
+        """Note and say what went wrong with a photo."""
+        self.counts["failed"] += 1
+        self.batch.failed(order, fault, worker)
+        self.bar.advance(1)
+
+    def lost(self, worker: str, orders: Sequence[Order], reason: str) -> None:
+        """Say that a worker died; remember what it may have left half written."""
+        self._leftovers |= {path for order in orders[:1] for path in _temporary(order)}
+        again = f": {len(orders)} photos are dealt again" if orders else ""
+        self.batch.console.say(f"the worker {worker or '(as it started)'} died ({reason}){again}")
+
+    def words(self, words: Sequence[tuple[str, str]]) -> None:
+        """Say what a worker has to say."""
+        for kind, text in words:
+            (self.batch.console.warn if kind == "warn" else self.batch.console.say)(text)
+
+    def tick(self, finished: int) -> None:
+        """Show how fast it goes; where no bar is drawn, say it every so often."""
+        now = time.monotonic()
+        speed = f"{self._speed(now):.1f} images/s" if finished else "workers start"
+        self.bar.update(speed)
+        if now - self._told_at >= EVERY and not self.batch.console.live:
+            self._told_at = now
+            self.batch.console.say(f"{self.counts.total()} of {len(self.batch.jobs)}: {speed}")
+
+    def _speed(self, now: float) -> float:
+        """Return photos per second since all workers were ready."""
+        dealer = self.dealer
+        if dealer is None or not dealer.ready_at:
+            return 0.0
+        return (dealer.finished - dealer.before) / max(now - dealer.ready_at, 1e-9)
+
+    def summary(self) -> dict[str, object]:
+        """Return the figures of the batch."""
+        dealer = self.dealer
+        ready = dealer.ready_at if dealer and dealer.ready_at else self.ended_at
+        return {
+            "photos": len(self.batch.jobs),
+            **{name.replace(" ", "_"): self.counts[name] for name in ("done", "failed", "left out")},
+            "start_up_seconds": ready - self.began if dealer else 0.0,
+            "seconds": self.ended_at - ready if dealer else 0.0,
+            "images_per_second": self._speed(self.ended_at),
+        }
+
+    def told(self) -> str:
+        """Return the figures in words."""
+        found = self.summary()
+        if self.dealer is None:
+            return f"{len(self.batch.jobs)} photos: nothing to do"
+        return (
+            f"{self.dealer.finished} photos in {found['seconds']:.1f} s after "
+            f"{found['start_up_seconds']:.1f} s of start-up: {found['images_per_second']:.1f} images/s"
+        )
+
+    def left(self) -> str:
+        """Return how far an interrupted batch came, and how it goes on."""
+        done = self.counts["done"] + self.counts["left out"]
+        goes_on = ": the same command with --skip-existing goes on" if self.batch.names else ""
+        return f"{done} of {len(self.batch.jobs)} photos are done{goes_on}"
+
+    def sweep(self) -> None:
+        """Remove what workers that died left half written: nobody who lives writes it any more.
+
+        Into the folder of a part of a batch other parts write as well: there only what is old goes.
+        """
+        found = {path for order in self.dead for path in _temporary(order)}
+        for path in self._leftovers | found:
+            try:
+                if not self.batch.shard or time.time() - path.stat().st_mtime > STALE:
+                    path.unlink()
+            except OSError:
+                continue
+
+
+def _temporary(order: Order) -> set[Path]:
+    """Return the temporary files in the folders that a photo's work writes into."""
+    folders = {path.parent for path in order.written}
+    return {path for folder in folders for path in folder.glob(".imgtool-*") if path.is_file()}

@@ -1,0 +1,155 @@
+"""Workers that are actors of Ray: on a cluster that runs, or in one started here for the batch."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+import os
+import socket
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from imgtool import runtime
+from imgtool.errors import USAGE, ImgtoolError
+from imgtool.infer.listing import Order
+from imgtool.runner.dealer import Hand, Lost, News
+from imgtool.runner.worker import Brief, Worker
+
+STORE = 100_000_000
+"""Bytes of Ray's shared memory in a cluster of our own: photos do not pass through it."""
+
+PATIENCE = 10.0
+"""Seconds in which a cluster has to answer."""
+
+MANY = 8
+"""Actors of which several are likely to have answered: asking costs about a millisecond."""
+
+
+def check() -> None:
+    """Raise ``ImgtoolError`` (code 2) where Ray is not installed."""
+    if importlib.util.find_spec("ray") is None:
+        raise ImgtoolError("--runner ray needs Ray", "pip install 'imgtool[ray]'", USAGE)
+
+
+def connect(workers: int, threads: int) -> tuple[bool, int, int]:
+    """Connect to the cluster that RAY_ADDRESS names, or start one here.
+
+    Args:
+        workers: Actors wanted; 0: as many as there are cores for.
+        threads: CPUs of each; 0: its share of the cores.
+
+    Returns:
+        Whether the connection is ours to end (a program that called us may have its own), and the numbers of
+        actors and of their threads.
+
+    Raises:
+        ImgtoolError: There is no such cluster, or none can be started.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    ray: Any = importlib.import_module("ray")
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    ours = not ray.is_initialized()
+    if ours and address == "local":
+        workers, threads = sizes(workers, threads, runtime.cores(), runtime.cores())
+        store = {"num_cpus": workers * threads, "object_store_memory": STORE}
+        _begin(ray, address, include_dashboard=False, **store)
+        return True, workers, threads
+    if ours:
+        _begin(ray, address)
+    found = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    cores = [each for each in found if each] or [1]
+    return ours, *sizes(workers, threads, sum(cores), min(cores))
+
+
+def _begin(ray: Any, address: str, **options: Any) -> None:
+    host, _, port = address.rpartition(":")
+    try:
+        if port.isdigit() and "/" not in host:  # Ray itself would try for more than a minute
+            socket.create_connection((host.strip("[]"), int(port)), PATIENCE).close()
+        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **options)
+    except (ConnectionError, RuntimeError, ValueError, OSError) as fault:
+        first = (str(fault).strip().splitlines() or [type(fault).__name__])[0]
+        what = "Ray does not start" if address == "local" else f"no Ray cluster at {address}"
+        raise ImgtoolError(f"{what}: {first}", "check RAY_ADDRESS, or take --runner processes") from None
+
+
+def sizes(workers: int, threads: int, cores: int, largest: int) -> tuple[int, int]:
+    """Return how many workers there are, with how many threads each.
+
+    Args:
+        workers: As many as are wanted; 0: as many as there are cores for.
+        threads: As many as are wanted; 0: a share of the cores, one where ``workers`` is 0 too.
+        cores: CPUs in all.
+        largest: CPUs that one worker can have.
+
+    >>> sizes(0, 0, 8, 8), sizes(2, 0, 8, 8), sizes(0, 4, 8, 8), sizes(16, 0, 8, 8), sizes(2, 0, 64, 8)
+    ((8, 1), (2, 4), (2, 4), (16, 1), (2, 8))
+    """
+    count = workers or max(1, cores // (threads or 1))
+    return count, threads or min(largest, max(1, cores // count))
+
+
+@dataclass
+class Cluster:
+    """Starts actors, each with as many CPUs as it has threads, and a GPU where the settings name CUDA."""
+
+    brief: Brief
+    ours: bool
+    running: dict[Hand, tuple[Any, deque[Any]]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Take Ray, which is imported."""
+        self.ray: Any = importlib.import_module("ray")
+        cuda = self.brief.settings.device.startswith("cuda")
+        if cuda:  # the one that Ray gives is the only one that the actor sees
+            settings = self.brief.settings.model_copy(update={"device": "cuda"})
+            self.brief = replace(self.brief, settings=settings)
+        # One that died is replaced by the dealer, who knows what it worked on.
+        options = {"num_cpus": self.brief.settings.threads, "num_gpus": int(cuda), "max_restarts": 0}
+        self.actor = self.ray.remote(**options)(Worker)
+
+    def hire(self) -> Hand:
+        """Begin to start an actor; where the cluster has no room for it, it starts when there is."""
+        hand = Hand()
+        actor = self.actor.remote(self.brief)
+        self.running[hand] = actor, deque([actor.start.remote()])
+        return hand
+
+    def call(self, hand: Hand, more: Sequence[Order]) -> None:
+        """Send a call; that an actor has died is among the news."""
+        actor, answers = self.running[hand]
+        answers.append(actor.do.remote(more))
+
+    def news(self, seconds: float) -> list[News]:
+        """Return the oldest answer, or the end, of each actor that has one."""
+        hands = {answers[0]: hand for hand, (_, answers) in self.running.items() if answers}
+        if not hands:
+            return []
+        ready, _ = self.ray.wait([*hands], num_returns=1, timeout=seconds)
+        if len(hands) > MANY:  # one by one, the last of them would wait
+            ready, _ = self.ray.wait([*hands], num_returns=len(hands), timeout=0)
+        return [(hands[answer], self._heard(hands[answer], answer)) for answer in ready]
+
+    def _heard(self, hand: Hand, answer: Any) -> Any:
+        try:
+            found = self.ray.get(answer)
+        except self.ray.exceptions.RayTaskError:
+            raise
+        except self.ray.exceptions.RayError as fault:
+            actor, _ = self.running.pop(hand)
+            self.ray.kill(actor)  # one that only cannot be reached must not go on
+            return Lost(type(fault).__name__)
+        self.running[hand][1].popleft()
+        return found
+
+    def close(self, at_once: bool) -> None:
+        """End the actors, and the cluster that is ours."""
+        for actor, _ in self.running.values():
+            self.ray.kill(actor)
+        self.running.clear()
+        if self.ours:
+            self.ray.shutdown()

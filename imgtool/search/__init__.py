@@ -1,0 +1,1 @@
+"""Searches: a space of settings, who proposes points of it, what a network costs, and the trials."""

@@ -1,0 +1,361 @@
+"""The search itself: propose, measure, refuse or train, tell; alone or beside other processes.
+
+What a candidate costs is measured before it is trained, so a limit is a limit, and not a wish that a good
+score may outweigh. All that is known stands in the folder: a search is gone on with by whoever opens it.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from imgtool import files
+from imgtool.errors import USAGE, ImgtoolError
+from imgtool.search import gauge
+from imgtool.search.board import ENDED, Board
+from imgtool.search.cost import Cost, Limits
+from imgtool.search.samplers import Question, Row, Sampler, cost
+from imgtool.search.space import Point, taken
+from imgtool.search.task import Structure, Task, key
+from imgtool.settings import Train, make, to_toml
+
+if TYPE_CHECKING:
+    from imgtool.engine import Crew, Engine
+
+PROPOSALS = 20
+"""Candidates proposed at most, for each that is to be trained."""
+FAILURES = 3
+"""Trainings failed in a row, with which the search gives up."""
+BEST = "best.toml"
+"""Settings of the best trial, for ``--config``."""
+ALONE: Mapping[str, Any] = {"search": 0, "space": None, "sampler": "", "parallel": 1, "runs": 1}
+"""Settings of a trial that are not those of the search."""
+
+
+def front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Return which points no other point is better than: the Pareto front, both numbers being minimised.
+
+    Returns:
+        Indices, by the first number, then the second. Equal points are on it together.
+    """
+    found: list[int] = []
+    for index in sorted(range(len(points)), key=lambda index: points[index]):
+        if not found or points[index][1] < points[found[-1]][1] or points[index] == points[found[-1]]:
+            found.append(index)
+    return found
+
+
+def limits(settings: Train) -> Limits:
+    """Return what a network may cost."""
+    return Limits(settings.max_ms, settings.max_mb, settings.max_parameters)
+
+
+def question(engine: Engine, settings: Train, task: Task) -> Question:
+    """Return what a sampler is asked."""
+    return Question(
+        task.space, task.constraints, limits(settings), engine.best, engine.higher_is_better, settings.seed
+    )
+
+
+@dataclass
+class Search:
+    """A search, as far as it has come.
+
+    Attributes:
+        engine: Whose networks are trained; its metric chooses.
+        settings: Limits, data, and the length of each training.
+        crew: Trains.
+        task: What is varied and how it is measured.
+    """
+
+    engine: Engine
+    settings: Train
+    crew: Crew
+    task: Task
+
+    def __post_init__(self) -> None:
+        """Open the folder that the processes of a search share."""
+        self.board = Board(self.crew.folder)
+        self.limits = limits(self.settings)
+
+    def go(self, sampler: Sampler) -> dict[str, Any]:
+        """Propose, measure and train until as many were trained as the settings say, or none is found.
+
+        The folder holds ``search.jsonl`` (a line for each candidate), ``pareto.csv``, ``pareto.json``,
+        ``pareto.png`` and ``best.toml``, after every training.
+
+        Returns:
+            As ``record``.
+
+        Raises:
+            ImgtoolError: Nothing within the limits; no training succeeds; nothing can be measured.
+        """
+        with self.board:
+            for row in self.board.rows():
+                if row["status"] in ENDED:
+                    sampler.tell(row)
+            for row in self._trials(sampler):
+                if row["status"] in ("measuring", "waiting"):
+                    self._measure(row)
+                if row["status"] == "training":
+                    self._train(row)
+                if row["status"] in ENDED:
+                    sampler.tell(row)
+                self.board.release(_name(row))
+        return self.record()
+
+    def _trials(self, sampler: Sampler) -> Iterator[Row]:
+        """Yield what is left to do, claimed for this process: what dead ones left, then new proposals."""
+        while True:
+            full = self.board.started() >= self.settings.search
+            rows = self.board.rows()
+            left = self._left(rows, full)
+            if left is not None:
+                yield left
+            elif full or len(rows) >= PROPOSALS * self.settings.search:
+                return
+            else:
+                number, point = sampler.ask()
+                if all(row["trial"] != number for row in rows) and self.board.claim(f"trial-{number:03}"):
+                    yield self._proposed(number, point)
+
+    def _left(self, rows: Sequence[Row], full: bool) -> Row | None:
+        """Return a trial that was begun and that nobody works on, None where there is none."""
+        for row in rows:
+            if row["status"] in ENDED or (full and not self.board.admitted(row["trial"])):
+                continue
+            if self.board.claim(_name(row)):
+                now = next(each for each in self.board.rows() if each["trial"] == row["trial"])
+                if now["status"] not in ENDED:
+                    return now
+                self.board.release(_name(row))
+        return None
+
+    # --- one candidate ---
+
+    def _proposed(self, number: int, point: Point) -> Row:
+        row: Row = {
+            "trial": number,
+            "status": "measuring",
+            "why": "",
+            "point": dict(point),
+            "settings": self.task.settings(taken(self.task.space, point)),
+            "structure": "",
+            **Cost(0, 0)._asdict(),
+            "cpu_ms": None,
+            "mb": None,
+            "measured": False,
+            "scores": {},
+            "metric": self.engine.best,
+            "score": None,
+            "weights": "",
+            "seconds": 0.0,
+        }
+        self.board.save(row)
+        return row
+
+    def _measure(self, row: Row) -> None:
+        """Reject a candidate, let it into training, or let it wait for a longer search where all began."""
+        rows = self.board.rows()
+        try:
+            net = self.task.structure(self._trial(row))
+            row["structure"] = key(net)
+            found = self._cost(row["structure"], net, rows)
+        except gauge.Unfit as fault:
+            row |= {"status": "rejected", "why": fault.what}
+        else:
+            row |= found._asdict()
+            row["why"] = self.limits.missed(found)
+            if row["why"]:
+                row["status"] = "rejected"
+            elif not self._repeats(row, rows):
+                admitted = self.board.admit(row["trial"], self.settings.search)
+                row["status"] = "training" if admitted else "waiting"
+        self.board.save(row)
+        self.crew.say(f"{_name(row)}: " + (f"{row['status']}: {row['why']}" if row["why"] else _costs(row)))
+
+    def _cost(self, name: str, net: Structure, rows: Sequence[Row]) -> Cost:
+        """Return what a network costs, measured once for all trials of the same structure."""
+        known = _known(rows, name)
+        if known is not None:
+            return known
+        least = self.task.least(net)
+        if self.limits.missed(least):
+            return least
+        found = self.task.gauge(net, self.limits)
+        return _known(self.board.rows(), name) or found  # another process may have been first
+
+    def _repeats(self, row: Row, rows: Sequence[Row]) -> bool:
+        """Take over what was found with the very settings before; tell whether there was any."""
+        for each in rows:
+            if each["status"] == "trained" and each["settings"] == row["settings"]:
+                same = {name: each[name] for name in ("scores", "metric", "score", "weights")}
+                row |= same | {"status": "repeated", "why": f"as {_name(each)}"}
+                return True
+        return False
+
+    def _train(self, row: Row) -> None:
+        """Train a candidate, or go on where its training was interrupted."""
+        began = time.monotonic()
+        try:
+            found = self.crew.train(self._trial(row), _name(row))
+        except ImgtoolError as fault:
+            if not self.board.holds(_name(row)):
+                raise
+            row |= {"status": "failed", "why": fault.what}
+            if self._gives_up(row, fault):
+                raise
+            self.crew.say(f"{_name(row)}: failed: {fault.what}")
+        else:
+            scores = dict(found["best"]["scores"])
+            row["metric"], row["score"] = self._score(scores)
+            row |= {"status": "trained", "scores": scores, "weights": found["weights"]}
+            self.crew.say(f"{_name(row)}: {row['metric']} {row['score']:.4g}, {_costs(row)}")
+        row["seconds"] += time.monotonic() - began
+        self.board.save(row)
+        if row["status"] == "trained":
+            self.report()
+
+    def _score(self, scores: Mapping[str, Any]) -> tuple[str, float]:
+        """Return the metric that tells, and its value."""
+        names = [self.engine.best, self.engine.otherwise]
+        values = ((name, scores.get(name)) for name in names)
+        known = ((name, value) for name, value in values if value is not None and math.isfinite(value))
+        return next(known)
+
+    def _gives_up(self, row: Row, fault: ImgtoolError) -> bool:
+        """Tell whether other candidates will do no better; what failed is then tried again at the next go."""
+        others = [each for each in self.board.rows() if each["trial"] != row["trial"]]
+        tried = [each["status"] for each in others if each["status"] in ("trained", "failed")]
+        if fault.code == USAGE and "trained" not in tried:
+            return True
+        return [*tried, "failed"][-FAILURES:] == ["failed"] * FAILURES
+
+    def _trial(self, row: Row) -> Train:
+        """Return the settings of a training."""
+        given = {**ALONE, **self.task.fixed, **row["settings"]}
+        return make(type(self.settings), self.settings.model_dump() | given, _name(row))
+
+    # --- all of them ---
+
+    def record(self) -> dict[str, Any]:
+        """Write all that was found into the folder, say what is missing, and return the record.
+
+        Returns:
+            "trials", "rejected", "repeated", "failed", "trained": counts; "metric", what is compared;
+            "measured", what costs are of; "limits"; "front": for each network on it "trial", "score",
+            "scores", "cpu_ms", "mb", "parameters", "settings" and "weights", by CPU time; "best", the one of
+            the best score; "selection", what it was chosen by; "config", its settings as a file; "folder".
+
+        Raises:
+            ImgtoolError: Nothing was trained.
+        """
+        self.board.write_table()
+        rows = self.board.rows()
+        if not _count(rows, "trained"):
+            raise self._nothing(rows)
+        if left := [_name(row) for row in rows if row["status"] == "training"]:
+            how = f"others train them, or go on with them by --resume {self.crew.folder}"
+            self.crew.say(f"not ended: {', '.join(left)}; {how}")
+        elif _count(rows, "trained", "failed") < self.settings.search:
+            self.crew.say(f"stopped after {len(rows)} candidates: too few are within the limits, or new")
+        return self.report()
+
+    def _nothing(self, rows: Sequence[Row]) -> ImgtoolError:
+        if failed := [row["why"] for row in rows if row["status"] == "failed"]:
+            return ImgtoolError(
+                f"no candidate could be trained: {failed[-1]}", "try a lower --batch, or more data"
+            )
+        known = [row for row in rows if row["measured"]]
+        seen = "none of them could be measured"
+        if known:
+            fastest, smallest = (min(row[name] for row in known) for name in ("cpu_ms", "mb"))
+            seen = f"the fastest takes {fastest:.3g} ms, the smallest {smallest:.3g} MB"
+        what = f"none of {len(rows)} candidates is within the limits ({self.limits}): {seen}"
+        return ImgtoolError(what, "raise --max-ms, --max-mb or --max-parameters")
+
+    def report(self) -> dict[str, Any]:
+        """Write the front, its picture and the best settings, and return the record."""
+        rows = self.board.rows()
+        within = [row for row in rows if row["status"] == "trained" and not self._missed(row)]
+        if not within:
+            raise ImgtoolError("no trained network is within the limits", "raise --max-ms or --max-mb")
+        sign = -1 if self.engine.higher_is_better else 1
+        best = [within[index] for index in front([(row["cpu_ms"], sign * row["score"]) for row in within])]
+        names = ("trial", "score", "scores", "cpu_ms", "mb", "parameters", "settings", "weights")
+        shown = [{name: row[name] for name in names} for row in best]
+        record = {
+            "trials": len(rows),
+            **{state: _count(rows, state) for state in ("rejected", "repeated", "failed", "trained")},
+            "metric": best[-1]["metric"],
+            "measured": self.task.measured,
+            "limits": self.limits._asdict(),
+            "selection": self.task.selection,
+            "front": shown,
+            "best": shown[-1],
+            "config": str(self.crew.folder / BEST),
+            "folder": str(self.crew.folder),
+        }
+        files.write(self.crew.folder / "pareto.json", json.dumps(record, indent=2).encode())
+        files.write(self.crew.folder / "pareto.csv", _table(shown).encode())
+        chosen = self._trial(best[-1]).changed(resume=None, out=None)
+        files.write(self.crew.folder / BEST, to_toml(chosen, "train", self.engine.name).encode())
+        self._draw(rows, [row["trial"] for row in best])
+        return record
+
+    def _missed(self, row: Row) -> bool:
+        found = cost(row)
+        return found is None or bool(self.limits.missed(found))
+
+    def _draw(self, rows: Sequence[Row], best: Sequence[int]) -> None:
+        from imgtool import plots
+
+        def number(value: float | None, otherwise: float) -> float:
+            return otherwise if value is None else value
+
+        points = {
+            row["trial"]: (number(row["cpu_ms"], math.inf), number(row["score"], math.nan)) for row in rows
+        }
+        plots.front(
+            points,
+            best,
+            self.crew.folder / "pareto.png",
+            title=f"{self.engine.name}: held-out {self.engine.best} and cost of networks",
+            labels=("CPU time in ms", f"held-out {self.engine.best}"),
+            limit=self.limits.ms,
+        )
+
+
+def _known(rows: Sequence[Row], structure: str) -> Cost | None:
+    """Return what is known of the cost of a structure."""
+    costs = (cost(row) for row in rows if row["structure"] == structure)
+    return next((each for each in costs if each is not None), None)
+
+
+def _count(rows: Sequence[Row], *states: str) -> int:
+    return sum(row["status"] in states for row in rows)
+
+
+def _name(row: Mapping[str, Any]) -> str:
+    return f"trial-{row['trial']:03}"
+
+
+def _costs(row: Mapping[str, Any]) -> str:
+    counted = f", {row['parameters']:,} parameters" if row["parameters"] else ""
+    return f"{row['cpu_ms']:.3g} ms, {row['mb']:.3g} MB{counted}"
+
+
+def _table(shown: Sequence[Mapping[str, Any]]) -> str:
+    text = io.StringIO()
+    rows = [{**each, **each["scores"], **each["settings"]} for each in shown]
+    columns = [name for name in rows[0] if name not in ("scores", "settings")]
+    table = csv.DictWriter(text, columns, lineterminator="\n", extrasaction="ignore")
+    table.writeheader()
+    table.writerows(rows)
+    return text.getvalue()

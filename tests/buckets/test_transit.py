@@ -1,0 +1,481 @@
+"""What goes between folders elsewhere and this machine: photos of ``infer``, and folders that are sent."""
+
+from __future__ import annotations
+
+import pickle
+import time
+import urllib.request
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import ClassVar
+
+import hub
+import pytest
+
+from imgtool import buckets, files
+from imgtool.buckets import Found, Interrupted, Place, patience, send
+from imgtool.buckets.transit import Transit
+from imgtool.errors import USAGE, ImgtoolError
+
+PHOTOS = {"a.jpg": b"1", "in/b.JPG": b"22", "in/c.png": b"333", "in/notes.txt": b"4", ".x/d.jpg": b"5"}
+
+
+class Shelf:
+    """A place in memory: all URLs share one dictionary of URL to content."""
+
+    files: ClassVar[dict[str, bytes]] = {}
+    wrong: ClassVar[list[Exception]] = []
+    asked: ClassVar[list[str]] = []
+
+    def __init__(self, url: str) -> None:
+        self.base = url.rstrip("/")
+
+    def url(self, path: str) -> str:
+        single = self.base in self.files and self.base.endswith("/" + path)
+        return self.base if single else f"{self.base}/{path}"
+
+    def list(self) -> list[Found]:
+        if self.base in self.files:
+            return [Found(self.base.rpartition("/")[2], len(self.files[self.base]))]
+        cut = len(self.base) + 1
+        found = [
+            Found(url[cut:], len(data)) for url, data in self.files.items() if url.startswith(self.base + "/")
+        ]
+        return sorted(found, key=lambda found: found.path)
+
+    def whole(self, found: Found) -> bytes:
+        if self.wrong:
+            raise self.wrong.pop()
+        self.asked.append(self.url(found.path))
+        return self.files[self.url(found.path)]
+
+    def write(self, source: Path, path: str) -> None:
+        if self.wrong:
+            raise self.wrong.pop()
+        self.files[self.url(path)] = source.read_bytes()
+
+
+@pytest.fixture
+def shelf(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> type[Shelf]:
+    """The only place there is, with photos in s3://b/set."""
+    monkeypatch.setattr(patience, "WAITS", (0.0, 0.0))
+    monkeypatch.setenv("IMGTOOL_CACHE", str(tmp_path / "cache"))
+    own = type("Own", (Shelf,), {"files": {f"s3://b/set/{name}": data for name, data in PHOTOS.items()}})
+    own.wrong, own.asked = [], []
+    monkeypatch.setattr(buckets, "open", own)
+    return own
+
+
+@pytest.fixture
+def transit(shelf: type[Shelf]) -> Iterator[Transit]:
+    found = Transit.begin(["s3://b/set"], "s3://b/made/")
+    yield found
+    found.close()
+
+
+def _items(transit: Transit, url: str = "s3://b/set") -> list[files.Item]:
+    return transit.items(url, files.READABLE)
+
+
+# --- listings ---
+
+
+def test_a_folder_elsewhere_is_listed_as_one_here(transit: Transit) -> None:
+    items = _items(transit)
+    assert [item.relative.as_posix() for item in items] == ["a.jpg", "in/b.JPG", "in/c.png"]
+    assert [item.url for item in items] == [f"s3://b/set/{item.relative.as_posix()}" for item in items]
+    spool = Path(transit.plan.spool)
+    assert all(item.folder and item.source and item.source.is_relative_to(spool) for item in items)
+    assert {item.name for item in items} == {item.url for item in items}
+
+
+@pytest.mark.parametrize(
+    ("url", "found"),
+    [
+        ("s3://b/set/*.jpg", ["a.jpg"]),
+        ("s3://b/set/**/*.[Jp]*", ["in/b.JPG", "in/c.png"]),
+        ("s3://b/s?t/in/*", ["set/in/b.JPG", "set/in/c.png"]),
+        ("s3://b/set/", ["a.jpg", "in/b.JPG", "in/c.png"]),
+        ("s3://b/set/in/notes.txt", ["notes.txt"]),
+    ],
+)
+def test_patterns_folders_and_single_files_are_told_apart(
+    shelf: type[Shelf], url: str, found: list[str]
+) -> None:
+    transit = Transit.begin([url], None)
+    items = _items(transit, url)
+    assert [item.relative.as_posix() for item in items] == found
+    assert items[0].folder == (not url.endswith(".txt"))
+    for item in items:
+        transit.bring(item)
+        assert item.source
+        assert item.source.read_bytes() == shelf.files[item.url]
+    transit.close()
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("s3://b/none", "there is nothing"),
+        ("s3://b/set/*.tif", "no photo matches"),
+        ("s3://b/no/*", "nothing"),
+    ],
+)
+def test_what_holds_no_photo_is_refused(shelf: type[Shelf], url: str, words: str) -> None:
+    transit = Transit.begin([url], None)
+    with pytest.raises(ImgtoolError, match=words) as fault:
+        _items(transit, url)
+    assert fault.value.code == USAGE
+    transit.close()
+
+
+def test_a_name_that_leads_out_of_the_spool_is_left_out(shelf: type[Shelf]) -> None:
+    shelf.files["s3://b/set/../../evil.jpg"] = b"x"
+    transit = Transit.begin(["s3://b/set"], None)
+    assert len(_items(transit)) == 3
+    transit.close()
+
+
+# --- photos ---
+
+
+def test_photos_lie_here_from_bringing_to_dropping(transit: Transit, shelf: type[Shelf]) -> None:
+    item = _items(transit)[1]
+    transit.bring(item)
+    assert item.source
+    assert item.source.read_bytes() == b"22"
+    transit.bring(item)
+    assert shelf.asked == [item.url]
+    transit.drop(item)
+    assert not item.source.exists()
+    here = files.Item(Path("here.jpg"), Path("here.jpg"))
+    transit.ahead([here])
+    transit.bring(here)
+    transit.drop(here)
+
+
+def test_no_more_photos_are_fetched_ahead_than_may_lie_here(shelf: type[Shelf]) -> None:
+    shelf.files = {f"s3://b/many/{n:02}.jpg": b"x" for n in range(20)}
+    transit = Transit(Transit.begin(["s3://b/many"], None).plan, ahead=3)
+    items = _items(transit, "s3://b/many")
+    transit.ahead(items)
+    for _ in range(500):
+        if len(shelf.asked) == 3:
+            break
+        time.sleep(0.01)
+    assert len(shelf.asked) == 3
+    transit.bring(items[-1])  # out of turn
+    for item in items:
+        transit.bring(item)
+        transit.drop(item)
+    assert sorted(shelf.asked) == sorted(shelf.files)
+    transit.close()
+
+
+def test_what_is_interrupted_is_asked_for_again_and_a_failure_is_no_last_word(
+    transit: Transit, shelf: type[Shelf]
+) -> None:
+    item = _items(transit)[0]
+    shelf.wrong += [Interrupted("cut"), Interrupted("cut")]
+    transit.bring(item)
+    transit.drop(item)
+    shelf.wrong.append(ImgtoolError("no permission"))
+    with pytest.raises(ImgtoolError, match="no permission"):
+        transit.bring(item)
+    transit.bring(item)
+    assert item.source
+    assert item.source.exists()
+
+
+def test_a_worker_brings_and_sends_by_the_plan_alone(transit: Transit, shelf: type[Shelf]) -> None:
+    item = _items(transit)[2]
+    worker = Transit(pickle.loads(pickle.dumps(transit.plan)))
+    worker.bring(item)
+    assert item.source
+    assert item.source.read_bytes() == b"333"
+    made = Path(transit.local("s3://b/made/"), "c.png")
+    files.write(made, b"made")
+    worker.send([made])
+    worker.close()
+    assert shelf.files["s3://b/made/c.png"] == b"made"
+    assert Path(transit.plan.spool).exists()
+    transit.close()
+    assert not Path(transit.plan.spool).exists()
+
+
+# --- outputs ---
+
+
+@pytest.mark.parametrize(
+    ("out", "local"),
+    [
+        ("s3://b/made/", "out/"),
+        ("s3://b", "out/"),
+        ("s3://b/x.png", "out/x.png"),
+        ("s3://b/set", "out/set/"),
+        ("s3://b/new", "out/new"),
+    ],
+)
+def test_outputs_stand_in_the_spool_as_their_url_says(shelf: type[Shelf], out: str, local: str) -> None:
+    transit = Transit.begin([], out)
+    assert transit.local(out) == f"{transit.plan.spool}/{local}"
+    made = Path(transit.local(out), "y.png") if local.endswith("/") else Path(transit.local(out))
+    files.write(made, b"made")
+    url = transit.shown(made)
+    assert made not in transit.sent()
+    transit.send([made, Path("elsewhere.png")])
+    assert made in transit.sent()
+    assert (shelf.files[url], made.exists()) == (b"made", False)
+    assert url == (f"{out.rstrip('/')}/y.png" if local.endswith("/") else out)
+    transit.close()
+
+
+def test_what_the_destination_holds_is_known(transit: Transit, shelf: type[Shelf]) -> None:
+    shelf.files["s3://b/made/in/c.png"] = b"old"
+    folder = Path(transit.local("s3://b/made/"))
+    assert folder / "in/c.png" in transit.sent()
+    assert folder / "a.jpg" not in transit.sent()
+    assert Path("a.jpg") not in transit.sent()
+
+
+@pytest.mark.parametrize("url", ["s3://b/set", "s3://b/set/a.jpg"])
+def test_outputs_beside_their_inputs_go_back_there(shelf: type[Shelf], url: str) -> None:
+    shelf.files["s3://b/set/b-deblur.jpg"] = b"old"
+    transit = Transit.begin([url], None)
+    item = _items(transit, url)[0]
+    assert item.source
+    made = item.source.with_name("a-deblur.jpg")
+    transit.check_writable([made])
+    assert made not in transit.sent()
+    assert item.source.with_name("b-deblur.jpg") in transit.sent()
+    files.write(made, b"made")
+    transit.send([made])
+    assert shelf.files["s3://b/set/a-deblur.jpg"] == b"made"
+    assert transit.shown(made) == "s3://b/set/a-deblur.jpg"
+    transit.close()
+
+
+def test_nothing_is_written_where_one_can_only_read(shelf: type[Shelf]) -> None:
+    shelf.files = {"https://h/set/a.jpg": b"1"}
+    with pytest.raises(ImgtoolError, match="cannot write to https") as fault:
+        Transit.begin([], "https://h/out/")
+    assert fault.value.code == USAGE
+    transit = Transit.begin(["https://h/set/a.jpg"], None)
+    (item,) = _items(transit, "https://h/set/a.jpg")
+    assert item.source
+    with pytest.raises(ImgtoolError, match=r"cannot write https://h/set/a-x\.jpg"):
+        transit.check_writable([item.source.with_name("a-x.jpg")])
+    transit.close()
+
+
+def test_an_output_that_cannot_be_sent_stays_here(transit: Transit, shelf: type[Shelf]) -> None:
+    made = Path(transit.local("s3://b/made/"), "c.png")
+    files.write(made, b"made")
+    shelf.wrong.append(ImgtoolError("no permission"))
+    with pytest.raises(ImgtoolError, match="no permission"):
+        transit.send([made])
+    assert made.exists()
+
+
+# --- folders that are sent ---
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    folder = tmp_path / "run"
+    for name in (
+        "done.json",
+        "last.pt",
+        "best.safetensors",
+        "log.jsonl",
+        "deep/last.pt",
+        ".imgtool-1",
+        ".h/x",
+    ):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    return folder
+
+
+def test_a_state_is_sent_after_all_that_it_refers_to(shelf: type[Shelf], run: Path) -> None:
+    shelf.files = {}
+    known = send.send(run, "s3://b/run", {})
+    order = [url.removeprefix("s3://b/run/") for url in shelf.files]
+    assert set(order[:2]) == {"best.safetensors", "log.jsonl"}
+    assert set(order[2:4]) == {"last.pt", "deep/last.pt"}
+    assert order[4:] == ["done.json"]
+    assert set(known) == set(order)
+    assert not [path for path in run.iterdir() if path.name.startswith(".imgtool-") and path.is_dir()]
+
+
+def test_a_state_that_is_replaced_meanwhile_is_sent_as_it_was(
+    shelf: type[Shelf], run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = shelf.write
+
+    def slow(self: Shelf, source: Path, path: str) -> None:
+        if path == "log.jsonl" and (run / "last.pt").read_text() == "last.pt":
+            files.write(run / "best.safetensors", b"newer")
+            files.write(run / "last.pt", b"refers to newer")
+        write(self, source, path)
+
+    monkeypatch.setattr(shelf, "write", slow)
+    known = send.send(run, "s3://b/run", {}, jobs=1)
+    assert shelf.files["s3://b/run/last.pt"] == b"last.pt"
+    send.send(run, "s3://b/run", known)
+    assert shelf.files["s3://b/run/last.pt"] == b"refers to newer"
+    assert shelf.files["s3://b/run/best.safetensors"] == b"newer"
+
+
+def test_only_what_changed_is_sent_again(shelf: type[Shelf], run: Path) -> None:
+    known = send.send(run, "s3://b/run", {})
+    shelf.files = {}
+    send.send(run, "s3://b/run", known)
+    assert shelf.files == {}
+    (run / "log.jsonl").write_text("more and more")
+    send.send(run, "s3://b/run", known)
+    assert shelf.files == {"s3://b/run/log.jsonl": b"more and more"}
+
+
+def test_no_state_is_sent_while_another_file_could_not_be(shelf: type[Shelf], run: Path) -> None:
+    shelf.files = {}
+    shelf.wrong = [ImgtoolError("no permission", "ask"), Interrupted("cut")]
+    known: send.Known = {}
+    with pytest.raises(ImgtoolError, match="no permission"):
+        send.send(run, "s3://b/run", known, jobs=1)
+    assert len(known) == 1
+    assert not [url for url in shelf.files if url.endswith((".pt", "done.json"))]
+    send.send(run, "s3://b/run", known)
+    assert len(shelf.files) == 5
+
+
+def test_a_sender_sends_while_the_work_goes_on_and_after_it_failed(
+    shelf: type[Shelf], tmp_path: Path
+) -> None:
+    said: list[str] = []
+    folder = tmp_path / "made"
+
+    def work() -> None:
+        with send.Sender(folder, "s3://b/made", said.append, every=0.01):
+            files.write(folder / "1.txt", b"1")
+            for _ in range(500):
+                if "s3://b/made/1.txt" in shelf.files:
+                    break
+                time.sleep(0.01)
+            assert "s3://b/made/1.txt" in shelf.files
+            files.write(folder / "2.txt", b"2")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        work()
+    assert shelf.files["s3://b/made/2.txt"] == b"2"
+    assert said == []
+
+
+def test_a_sender_that_fails_names_the_folder_and_hides_no_other_failure(
+    shelf: type[Shelf], run: Path
+) -> None:
+    said: list[str] = []
+    shelf.wrong = [ImgtoolError("no permission", "ask") for _ in range(100)]
+    with (
+        pytest.raises(ImgtoolError, match="no permission") as fault,
+        send.Sender(run, "s3://b/x", said.append),
+    ):
+        pass
+    assert str(run) in fault.value.hint
+    with pytest.raises(ZeroDivisionError), send.Sender(run, "s3://b/x", said.append):
+        raise ZeroDivisionError
+    assert len(said) == 1
+    assert str(run) in said[0]
+    with pytest.raises(ImgtoolError, match="to read from"):
+        send.Sender(run, "hf://datasets/ann/photos", said.append)
+
+
+# --- through a store and the web ---
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[str]:
+    """An S3 server of this process."""
+    pytest.importorskip("obstore")
+    server = pytest.importorskip("moto.server").ThreadedMotoServer("127.0.0.1", 0)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def bucket(s3: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    """A new bucket that holds the photos below set/."""
+    monkeypatch.setenv("IMGTOOL_CACHE", str(tmp_path / "cache"))
+    for name, value in {
+        "AWS_ENDPOINT_URL": s3,
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    name = f"b{uuid.uuid4().hex}"
+    for path in ("", *(f"/set/{each}" for each in PHOTOS)):
+        data = PHOTOS[path[5:]] if path else b""
+        kind = {"Content-Type": "application/octet-stream"}
+        request = urllib.request.Request(f"{s3}/{name}{path}", data, kind, method="PUT")
+        urllib.request.urlopen(request).close()
+    return f"s3://{name}"
+
+
+@pytest.mark.slow
+def test_photos_and_outputs_pass_through_a_store(bucket: str) -> None:
+    transit = Transit.begin([f"{bucket}/set"], f"{bucket}/made/")
+    items = transit.items(f"{bucket}/set", files.READABLE)
+    assert [item.relative.as_posix() for item in items] == ["a.jpg", "in/b.JPG", "in/c.png"]
+    worker = Transit(transit.plan)
+    for brings in (transit, worker):
+        brings.ahead(items)
+        for item in items:
+            brings.bring(item)
+            assert item.source
+            assert item.source.read_bytes() == PHOTOS[item.relative.as_posix()]
+            brings.drop(item)
+    made = Path(transit.local(f"{bucket}/made/"), "in/c.png")
+    assert made not in transit.sent()
+    files.write(made, b"made")
+    transit.send([made])
+    assert Transit(transit.plan).holds(made)
+    worker.close()
+    transit.close()
+    place: Place = buckets.open(f"{bucket}/made")
+    (found,) = place.list()
+    assert (found.path, place.whole(found)) == ("in/c.png", b"made")
+
+
+@pytest.mark.slow
+def test_a_folder_is_sent_to_a_store(bucket: str, run: Path) -> None:
+    with send.Sender(run, f"{bucket}/run", print):
+        files.write(run / "later.txt", b"later")
+    found = {each.path for each in buckets.open(f"{bucket}/run").list()}
+    assert found == {"best.safetensors", "done.json", "last.pt", "deep/last.pt", "log.jsonl", "later.txt"}
+
+
+def test_photos_come_from_a_web_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("IMGTOOL_CACHE", str(tmp_path))
+    monkeypatch.setattr(patience, "WAITS", (0.0, 0.0))
+    server = hub.Server(hub.Web)
+    server.files = {f"/my set/{name}": data for name, data in PHOTOS.items()}
+    with hub.serving(server):
+        url = f"{server.url}/my%20set"
+        transit = Transit.begin([url, f"{url}/a.jpg?sig=1"], None)
+        items = transit.items(url, files.READABLE)
+        (single,) = transit.items(f"{url}/a.jpg?sig=1", files.READABLE)
+        server.wrong["/my set/in/b.JPG"] = ["cut", "busy"]
+        transit.ahead(items)
+        for item in [*items, single]:
+            transit.bring(item)
+            assert item.source
+            assert item.source.read_bytes() == PHOTOS[item.relative.as_posix()]
+        assert single.url == f"{url}/a.jpg"
+        assert server.asked[-1][1] == "/my%20set/a.jpg?sig=1"
+        transit.close()
+    assert list((tmp_path / "spool").iterdir()) == []

@@ -1,0 +1,601 @@
+"""Trackers: what they are told, what they do not take, and that training goes on all the same."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from toy import TOY, Numbers, go, rows, toy
+
+from imgtool import checkpoint, track
+from imgtool.engine import Engine
+from imgtool.errors import USAGE, ImgtoolError
+from imgtool.port import Axis, Port, Slot
+from imgtool.track import facts, mlflow, recorder, tensorboard, wandb
+from imgtool.track.sink import About, Row
+
+needs = {
+    name: pytest.mark.skipif(importlib.util.find_spec(name) is None, reason=f"needs {name}")
+    for name in ("mlflow", "wandb", "tensorboard")
+}
+# Of the trackers themselves and of what they import.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*Any type hint is inferred:UserWarning"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+
+def port(net: Any, settings: Any) -> Port:
+    """The toy's network takes and gives pictures of any size."""
+    shape = ("batch", 3, "height", "width")
+    side = Axis(16, least=2)
+    return Port(
+        net.eval(),
+        (Slot("image", shape, 0, 1, "A picture.", picture=True),),
+        (Slot("half", shape, 0, 1, "Half of it.", picture=True),),
+        {"batch": Axis(1), "height": side, "width": side},
+        "",
+        "",
+        lambda path, sizes: (),
+        lambda kind, sizes, rng: (
+            rng.random((sizes["batch"], 3, sizes["height"], sizes["width"]), np.float32),
+        ),
+    )
+
+
+PORTED: Engine = dataclasses.replace(TOY, port=port)
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Nobody's tracker is asked, and nothing is written but into the test's folder."""
+    for name in [each for each in os.environ if each.startswith(("WANDB_", "MLFLOW_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.chdir(tmp_path)
+
+
+# --- settings -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "what"),
+    [
+        ({"register_as": "net"}, "--register is for a tracker"),
+        ({"track_to": "there"}, "--track-to is for a tracker"),
+        ({"experiment": "mine"}, "--experiment is for a tracker"),
+        ({"track": "tensorboard", "register_as": "net"}, "TensorBoard keeps no models"),
+        ({"track": "mlflow", "track_to": "file:./mlruns"}, "MLflow keeps no runs in a folder"),
+        ({"track": "mlflow", "track_to": "mlruns"}, "MLflow keeps no runs in a folder"),
+        ({"track": "wandb", "track_to": "http://server"}, "records into a folder"),
+        ({"track": "mlflow", "register_as": "a/b"}, "no name of a model"),
+    ],
+)
+def test_what_no_tracker_can_do_is_refused(
+    given: dict[str, str], what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    with pytest.raises(ImgtoolError, match=what) as fault:
+        track.check(toy(tmp_path, **given))
+    assert fault.value.code == USAGE
+    assert fault.value.hint
+
+
+@pytest.mark.parametrize("kind", track.NEEDS)
+def test_a_missing_extra_is_named(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImgtoolError, match=f"--track {kind} needs") as fault:
+        track.check(toy(tmp_path, track=kind))
+    assert (fault.value.hint, fault.value.code) == (f"pip install 'imgtool[{kind}]'", USAGE)
+
+
+def test_a_store_keeps_its_place_and_its_password(tmp_path: Path) -> None:
+    assert mlflow.absolute("sqlite:///runs/mlflow.db") == f"sqlite:///{tmp_path}/runs/mlflow.db"
+    assert mlflow.absolute("http://host:5000/") == "http://host:5000"
+    assert mlflow.shown("postgresql://me:secret@host/runs") == "postgresql://***@host/runs"
+
+
+def test_wandb_is_offline_until_somebody_is_logged_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert wandb.mode() == "offline"
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password 0123\n")
+    assert wandb.mode() == "online"
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
+    assert wandb.mode() == "offline"
+    monkeypatch.setenv("WANDB_API_KEY", "0123")
+    assert wandb.mode() == "online"
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert wandb.mode() == "disabled"
+    monkeypatch.delenv("WANDB_API_KEY")
+    monkeypatch.setenv("WANDB_MODE", "online")
+    with pytest.raises(ImgtoolError, match="nobody is logged in"):
+        wandb.mode()
+
+
+# --- what is told -------------------------------------------------------------------------------------
+
+
+def test_numbers_come_from_tensors_and_what_is_not_finite_is_left_out() -> None:
+    given = [
+        (7, 1.5, {"loss": torch.tensor(0.5), "a term": torch.tensor([2.0], dtype=torch.float64), "lr": 0.25}),
+        (8, 2.5, {"loss": torch.tensor(torch.nan), "a=b": torch.tensor(torch.inf), "lr": 0.125}),
+    ]
+    assert recorder.numbers(given, "train/") == [
+        Row(7, 1.5, {"train/loss": 0.5, "train/a term": 2.0, "train/lr": 0.25}),
+        Row(8, 2.5, {"train/lr": 0.125}),
+    ]
+    row = {
+        "epoch": 2,
+        "step": 8,
+        "lr": 1.0,
+        "loss": float("nan"),
+        "terms": {"l1": 0.5},
+        "scores": {"psnr": 30.0},
+    }
+    assert recorder.of_epoch(row) == {"epoch/number": 2.0, "epoch/l1": 0.5, "score/psnr": 30.0}
+
+
+def test_the_commit_is_told_and_whether_files_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert facts.commit(tmp_path) == {}
+    who = ["-c", "user.name=n", "-c", "user.email=e@example.org", "-c", "commit.gpgsign=false"]
+    (tmp_path / "file").write_text("1")
+    for words in (["init", "-q"], ["add", "file"], [*who, "commit", "-qm", "first"]):
+        subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
+    head = (tmp_path / ".git" / "HEAD").read_text().split()[1]
+    commit = (tmp_path / ".git" / head).read_text().strip()
+    assert facts.commit(tmp_path) == {"git_commit": commit, "git_dirty": "false"}
+    (tmp_path / "file").write_text("2")
+    assert facts.commit(tmp_path) == {"git_commit": commit, "git_dirty": "true"}
+
+
+def test_the_size_of_a_picture_is_read_off_its_header() -> None:
+    head = b"\x89PNG\r\n\x1a\n" + struct.pack(">I4sII", 13, b"IHDR", 300, 20)
+    assert tensorboard.size(head) == (300, 20)
+
+
+# --- sending ------------------------------------------------------------------------------------------
+
+
+def test_what_fails_is_tried_again_behind_the_others_and_in_the_end_given_up() -> None:
+    done: list[str] = []
+
+    def job(name: str, faults: int) -> Callable[[], None]:
+        left = iter([True] * faults + [False] * 9)
+
+        def work() -> None:
+            if next(left):
+                raise ValueError(f"{name} fails")
+            done.append(name)
+
+        return work
+
+    post = recorder.Post(0)
+    for name, faults in (("a", 1), ("b", 0), ("poison", 9), ("c", 0)):
+        post.put(job(name, faults))
+    deadline = time.monotonic() + 60
+    while not post.lost and time.monotonic() < deadline:
+        time.sleep(0.001)
+    post.put(job("d", 0))
+    post.end()
+    assert done == ["b", "c", "a", "d"]
+    assert (post.lost, post.fault) == (1, "poison fails")
+
+
+class Memo:
+    """A record in memory, that may refuse."""
+
+    rewinds = graphs = False
+    where = "here"
+
+    def __init__(self, faults: int = 0, run: str = "1") -> None:
+        self.memory: dict[str, Any] = {"run": run, "to": "memory"}
+        self.left, self.said = faults, []  # type: ignore[var-annotated]
+
+    def numbers(self, rows: Sequence[Row]) -> None:
+        if self.left:
+            self.left -= 1
+            raise OSError(28, "No space left on device")
+        self.said.append([(row.step, dict(row.values)) for row in rows])
+
+    def picture(self, path: Path, tag: str, step: int) -> None:
+        self.said.append((tag, step))
+
+    def file(self, path: Path) -> None:
+        self.said.append(path.name)
+
+    def model(self, package: Any) -> str:
+        self.said.append(package.card["step"])
+        return "registered"
+
+    def rewind(self, step: int) -> None:
+        self.said.append(f"back to {step}")
+
+    def close(self, status: str) -> None:
+        self.said.append(status)
+
+
+def about(folder: Path, before: Mapping[str, Any] | None = None) -> About:
+    settings = toy(folder, track="mlflow")
+    folder.mkdir(exist_ok=True)
+    return About(TOY, settings, folder, "run", "", "toy", {}, {}, [], before or {})
+
+
+def test_steps_are_sent_a_hundred_at_a_time_and_with_each_epoch(tmp_path: Path) -> None:
+    sink = Memo()
+    told = recorder.Recorder(sink, about(tmp_path / "run"), lambda text: None, recorder.Post(0))
+    for step in range(1, 151):
+        told.step(step, {"loss": torch.tensor(float(step)), "lr": 0.5})
+    told.epoch({"epoch": 1, "step": 150, "loss": 2.0})
+    told.end("finished")
+    first, rest, epoch, status = sink.said
+    assert first == [(n, {"train/loss": float(n), "train/lr": 0.5}) for n in range(1, 101)]
+    assert [step for step, _ in rest] == list(range(101, 151))
+    assert epoch == [(150, {"epoch/number": 1.0, "epoch/loss": 2.0})]
+    assert status == "finished"
+    memory = json.loads((tmp_path / "run" / "track.json").read_text())["mlflow"]
+    assert memory == {"run": "1", "to": "memory", "given": "", "step": 150, "epoch": 150}
+
+
+@pytest.mark.parametrize(("faults", "lost"), [(2, False), (10_000, True)])
+def test_a_tracker_that_fails_is_warned_of_once(faults: int, lost: bool, tmp_path: Path) -> None:
+    sink, said = Memo(faults), []  # type: ignore[var-annotated]
+    post = recorder.Post(0)
+    told = recorder.Recorder(sink, about(tmp_path / "run"), said.append, post)
+    for epoch in (1, 2, 3):
+        told.step(epoch, {"loss": torch.tensor(1.0)})
+        told.epoch({"epoch": epoch, "step": epoch})
+        deadline = time.monotonic() + 60
+        while not post.fault and time.monotonic() < deadline:
+            time.sleep(0.001)
+    told.end("finished")
+    warnings = [text for text in said if "training goes on" in text]
+    assert len(warnings) == 1
+    assert "No space left on device" in warnings[0]
+    assert ("all of it is in" in said[-1]) == lost
+    assert sorted(step for each in sink.said[:-1] for step, _ in each) == ([] if lost else [1, 1, 2, 2, 3, 3])
+
+
+@pytest.mark.parametrize("rewinds", [False, True])
+def test_a_resumed_run_is_not_told_twice(rewinds: bool, tmp_path: Path) -> None:
+    sink = Memo()
+    sink.rewinds = rewinds
+    before = {"run": "1", "step": 3, "epoch": 2}
+    told = recorder.Recorder(sink, about(tmp_path / "run", before), lambda text: None, recorder.Post(0))
+    for step in (3, 4):
+        told.step(step, {"loss": 1.0})
+    told.epoch({"epoch": 2, "step": 4})
+    told.end("finished")
+    again = {"train/loss": 1.0}
+    expected: list[Any] = [[(4, again)], [(4, {"epoch/number": 2.0})], "finished"]
+    if rewinds:
+        expected = ["back to 3", [(3, again), (4, again)], *expected[1:]]
+    assert sink.said == expected
+
+
+def test_a_record_that_is_a_new_one_is_told_all(tmp_path: Path) -> None:
+    sink = Memo(run="2")
+    before = {"run": "1", "step": 3, "epoch": 2}
+    told = recorder.Recorder(sink, about(tmp_path / "run", before), lambda text: None, recorder.Post(0))
+    told.step(1, {"loss": 1.0})
+    told.end("finished")
+    assert sink.said == [[(1, {"train/loss": 1.0})], "finished"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "status"), [(None, "finished"), (KeyboardInterrupt, "killed"), (ImgtoolError("x"), "failed")]
+)
+def test_a_record_says_how_its_run_ended(
+    fault: Any, status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sink = Memo()
+    monkeypatch.setattr(track, "check", lambda settings: None)
+    monkeypatch.setattr(mlflow, "open_sink", lambda about: sink)
+    monkeypatch.setattr(recorder, "about", lambda engine, settings, folder: about(folder))
+
+    def work() -> None:
+        with track.begin(TOY, toy(tmp_path, track="mlflow"), tmp_path, lambda text: None):
+            if fault:
+                raise fault
+
+    if fault:
+        with pytest.raises(fault if isinstance(fault, type) else type(fault)):
+            work()
+    else:
+        work()
+    assert sink.said == [status]
+
+
+# --- the trackers themselves --------------------------------------------------------------------------
+
+
+def client(store: str) -> Any:
+    return importlib.import_module("mlflow.tracking").MlflowClient(store, registry_uri=store)
+
+
+def only_run(found: Any, experiment: str = "imgtool-deblur") -> Any:
+    runs = found.search_runs([found.get_experiment_by_name(experiment).experiment_id])
+    assert len(runs) == 1
+    return runs[0]
+
+
+def names_of(found: Any, run: str, folder: str | None = None) -> set[str]:
+    return {each.path for each in found.list_artifacts(run, folder)}
+
+
+def compare_model(store: str, name: str, version: int, engine: Engine, weights: Path) -> None:
+    """A registered model computes what its weights do, also at sizes that it was not traced with."""
+    net = checkpoint.network(engine, checkpoint.read_weights(weights, engine.name))
+    module = engine.port(net, None).module if engine.port else net
+    picture = np.random.default_rng(1).random((2, 3, 30, 22), np.float32)
+    with torch.no_grad():
+        expected = module(torch.from_numpy(picture)).numpy()
+    full = importlib.import_module("mlflow")
+    full.set_tracking_uri(store)
+    full.set_registry_uri(store)
+    try:
+        uri = f"models:/{name}/{version}"
+        loaded = importlib.import_module("mlflow.pytorch").load_model(uri)
+        function = importlib.import_module("mlflow.pyfunc").load_model(uri)
+        np.testing.assert_allclose(loaded(torch.from_numpy(picture)).detach().numpy(), expected, atol=1e-6)
+        signature = function.metadata.signature
+        (given,), (taken,) = signature.inputs.inputs, signature.outputs.inputs
+        assert (given.name, given.shape) == ("image", (-1, 3, -1, -1))
+        found = function.predict({"image": picture})
+        assert list(found) == [taken.name]
+        np.testing.assert_allclose(found[taken.name], expected, atol=1e-6)
+        assert function.predict(function.input_example)[taken.name].shape[0] == 1
+    finally:
+        full.set_tracking_uri(None)
+        full.set_registry_uri(None)
+        os.environ.pop("MLFLOW_TRACKING_URI", None)
+
+
+@pytest.mark.slow
+@needs["mlflow"]
+def test_mlflow_keeps_a_run_in_a_file_without_a_server(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "runs" / "one"
+    assert go(PORTED, toy(run, track="mlflow", register_as="toy-net")) == 0
+    out, err = capsys.readouterr()
+    assert all(line.startswith("{") for line in out.splitlines())
+    assert "mlflow ui --backend-store-uri sqlite:///runs/mlflow.db" in err
+    assert "registered toy-net version 1" in err
+    assert "INFO" not in err
+    assert "warning" not in err.lower()
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"one", "mlflow.db", "mlartifacts"}
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+    store = f"sqlite:///{tmp_path}/runs/mlflow.db"
+    found = client(store)
+    told = only_run(found)
+    assert told.info.status == "FINISHED"
+    assert (told.data.params["lr"], told.data.params["track"]) == ("0.01", "mlflow")
+    assert {"imgtool", "torch", "python", "system", "cpu", "device"} <= told.data.tags.keys()
+    run_id = told.info.run_id
+    history = found.get_metric_history(run_id, "train/loss")
+    assert sorted(each.step for each in history) == list(range(1, 9))
+    scores = {each.step: each.value for each in found.get_metric_history(run_id, "score/psnr")}
+    assert scores == {row["step"]: row["scores"]["psnr"] for row in rows(run)}
+    assert names_of(found, run_id) == {"curves.png", "log.jsonl", "packages.txt", "samples", "settings.toml"}
+    assert names_of(found, run_id, "samples") == {"samples/epoch-0001.png", "samples/epoch-0002.png"}
+    compare_model(store, "toy-net", 1, PORTED, run / "best.safetensors")
+
+    # The run goes on in its record, and is another version.
+    assert go(PORTED, toy(run, resume=run, steps=12, epoch_steps=4)) == 0
+    told = only_run(found)
+    assert (told.info.run_id, told.info.status) == (run_id, "FINISHED")
+    history = found.get_metric_history(run_id, "train/loss")
+    assert sorted(each.step for each in history) == list(range(1, 13))
+    assert told.data.tags["resumed.steps"] == "12"
+    # Asked for again with nothing left to do, it registers nothing again.
+    versions = len(found.search_model_versions("name='toy-net'"))
+    assert go(PORTED, toy(run, resume=run, steps=12)) == 0
+    assert len(found.search_model_versions("name='toy-net'")) == versions
+
+
+@pytest.mark.slow
+@needs["mlflow"]
+def test_repeated_runs_are_runs_of_one_group(tmp_path: Path) -> None:
+    store = f"sqlite:///{tmp_path}/store.db"
+    assert go(TOY, toy(tmp_path / "many", track="mlflow", track_to=store, runs=2, experiment="mine")) == 0
+    found = client(store)
+    runs = found.search_runs([found.get_experiment_by_name("mine").experiment_id])
+    assert {each.data.tags["group"] for each in runs} == {"many"}
+    assert sorted(each.info.run_name for each in runs) == ["many/run-00", "many/run-01"]
+    assert sorted(each.data.params["seed"] for each in runs) == ["0", "1"]
+
+
+@contextmanager
+def server(folder: Path) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """Give the address of an MLflow server that keeps all it is told in a folder."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
+    words += ["--workers", "1", "--backend-store-uri", f"sqlite:///{folder}/server.db"]
+    words += ["--artifacts-destination", str(folder / "artifacts")]
+    surroundings = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"}
+    with (folder / "server.log").open("wb") as log:
+        process = subprocess.Popen(words, stdout=log, stderr=log, env=surroundings, start_new_session=True)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(600):
+            try:
+                urllib.request.urlopen(f"{address}/health", timeout=5).close()
+                break
+            except OSError:
+                time.sleep(0.1)
+        yield address, process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@pytest.mark.slow
+@needs["mlflow"]
+def test_a_server_of_mlflow_keeps_a_model_and_its_death_ends_no_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with server(tmp_path) as (address, process):
+        run = tmp_path / "one"
+        assert go(PORTED, toy(run, track="mlflow", track_to=address, register_as="toy-net")) == 0
+        out, err = capsys.readouterr()
+        assert all(line.startswith("{") for line in out.splitlines())
+        told = only_run(client(address))
+        assert f"{address}/#/experiments/{told.info.experiment_id}/runs/{told.info.run_id}" in err
+        assert told.info.status == "FINISHED"
+        compare_model(address, "toy-net", 1, PORTED, run / "best.safetensors")
+
+        def score(net: Any, batch: Any) -> Any:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            return TOY.score(net, batch)
+
+        deadly = dataclasses.replace(PORTED, score=score)
+        assert go(deadly, toy(tmp_path / "two", track="mlflow", track_to=address)) == 0
+        assert (tmp_path / "two" / "best.safetensors").exists()
+        err = capsys.readouterr().err
+        assert err.count("warning: MLflow") <= 2
+        assert "warning: MLflow lacks a part of this run (Connection refused)" in err
+
+        with pytest.raises(ImgtoolError, match=f"MLflow cannot record into {address}: Connection refused"):
+            go(PORTED, toy(tmp_path / "three", track="mlflow", track_to=address))
+
+
+@pytest.mark.slow
+@needs["mlflow"]
+def test_the_command_line_registers_a_network_of_an_engine(tmp_path: Path, photographs: Path) -> None:
+    store = f"sqlite:///{tmp_path}/store.db"
+    words = [
+        sys.executable, "-m", "imgtool", "train", "filter", "--photos", str(photographs), "-o", "run",
+        "--steps", "4", "--epoch-steps", "2", "--batch", "2", "--crop", "32", "--held-out", "2",
+        "--workers", "0", "--device", "cpu", "--threads", "1",
+        "--track", "mlflow", "--track-to", store, "--register", "edges",
+    ]  # fmt: skip
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "MLflow: registered edges version 1: models:/edges/1" in done.stderr
+    assert only_run(client(store), "imgtool-filter").data.params["target"] == "sobel_3"
+    from imgtool import engines
+
+    compare_model(store, "edges", 1, engines.load("filter"), tmp_path / "run" / "best.safetensors")
+
+
+def wandb_records(path: Path) -> list[Any]:
+    """Return the records of a .wandb file: LevelDB's log format behind a header of 7 bytes."""
+    messages = importlib.import_module("wandb.proto.wandb_internal_pb2")
+    data = path.read_bytes()
+    assert data[:4] == b":W&B"
+    at, whole, found = 7, b"", []
+    while at < len(data):
+        if 32768 - at % 32768 < 7:  # the rest of a block is filled up
+            at += 32768 - at % 32768
+            continue
+        _, length, kind = struct.unpack("<IHB", data[at : at + 7])
+        whole, at = whole + data[at + 7 : at + 7 + length], at + 7 + length
+        if kind in {1, 4}:  # full, or the last part
+            record = messages.Record()
+            record.ParseFromString(whole)
+            found.append(record)
+            whole = b""
+    return found
+
+
+def of_kind(records: Sequence[Any], kind: str) -> list[Any]:
+    return [getattr(each, kind) for each in records if each.WhichOneof("record_type") == kind]
+
+
+def wandb_history(records: Sequence[Any]) -> list[dict[str, str]]:
+    return [
+        {item.key or item.nested_key[0]: item.value_json for item in each.item}
+        for each in of_kind(records, "history")
+    ]
+
+
+@pytest.mark.slow
+@needs["wandb"]
+def test_wandb_keeps_a_run_that_can_be_sent_later(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "runs" / "one"
+    assert go(PORTED, toy(run, track="wandb", register_as="toy-net")) == 0
+    out, err = capsys.readouterr()
+    assert all(line.startswith("{") for line in out.splitlines())
+    assert "wandb sync runs/wandb/offline-run-" in err
+    (folder,) = (tmp_path / "runs" / "wandb").glob("offline-run-*")
+    records = wandb_records(next(folder.glob("*.wandb")))
+    (begun,) = of_kind(records, "run")
+    assert (begun.project, begun.display_name) == ("imgtool-deblur", "one")
+    config = {each.key: json.loads(each.value_json) for each in begun.config.update}
+    assert config["settings"]["lr"] == 0.01
+    history = wandb_history(records)
+    assert [int(each["step"]) for each in history if "train/loss" in each] == list(range(1, 9))
+    scores = {int(each["step"]): float(each["score/psnr"]) for each in history if "score/psnr" in each}
+    assert scores == {row["step"]: row["scores"]["psnr"] for row in rows(run)}
+    (artifact,) = of_kind(records, "artifact")
+    assert (artifact.name, artifact.type) == ("toy-net", "model")
+    kept = {each.path: Path(each.local_path) for each in artifact.manifest.contents}
+    assert kept["best.safetensors"].read_bytes() == (run / "best.safetensors").read_bytes()
+    assert of_kind(records, "exit")[0].exit_code == 0
+
+    assert go(PORTED, toy(run, resume=run, steps=12)) == 0
+    assert "wandb sync runs/wandb/offline-run-*-" in capsys.readouterr().err
+    later = max((tmp_path / "runs" / "wandb").glob("offline-run-*"))
+    records = wandb_records(next(later.glob("*.wandb")))
+    assert of_kind(records, "run")[0].run_id == begun.run_id
+    items = wandb_history(records)
+    assert [int(each["step"]) for each in items if "train/loss" in each] == list(range(9, 13))
+    assert int(items[0]["_step"]) == len(history)
+
+
+class Cut(Numbers):
+    """Ends a training at a sample, as a kill would: more was told than the state knows."""
+
+    def __getitem__(self, number: int) -> Any:
+        if number == self.fault_at:
+            raise RuntimeError("killed")
+        return super().__getitem__(number)
+
+
+@pytest.mark.slow
+@needs["tensorboard"]
+def test_tensorboard_shows_a_run_that_was_killed_and_resumed(tmp_path: Path) -> None:
+    accumulator = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
+    run = tmp_path / "runs" / "one"
+    cut = dataclasses.replace(TOY, data=lambda settings: (Cut(4, 12), Numbers(2)))  # at step 7
+    with pytest.raises(RuntimeError, match="killed"):
+        go(cut, toy(run, track="tensorboard"))
+    assert go(TOY, toy(run, resume=run, lr=1e-3)) == 0  # from step 4 or 6 on, otherwise than before
+    found = accumulator.EventAccumulator(str(run), size_guidance={"scalars": 0, "images": 0})
+    found.Reload()
+    assert [each.step for each in found.Scalars("train/loss")] == list(range(1, 9))
+    rates = [each.value for each in found.Scalars("train/lr")]
+    assert rates[:3] == pytest.approx([0.005, 0.01, 0.01], rel=1e-5)
+    assert max(rates[6:]) < 1e-3
+    scores = {each.step: each.value for each in found.Scalars("score/psnr")}
+    assert scores == pytest.approx({row["step"]: row["scores"]["psnr"] for row in rows(run)}, rel=1e-6)
+    assert [each.step for each in found.Images("samples")] == [4, 8]
+    assert found.Images("samples")[0].encoded_image_string == (run / "samples/epoch-0001.png").read_bytes()
+    assert "lr = 0.01" in found.Tensors("settings")[0].tensor_proto.string_val[0].decode()
+    assert "_hparams_/session_start_info" in found.PluginTagToContent("hparams")
