@@ -3,6 +3,8 @@
     python docs/scale.py fetch                  # 1,000 files of a loopback S3 server, 30 ms a request
     python docs/scale.py fetch s3://mine/photos # the same of a bucket of your own
     python docs/scale.py infer                  # 200 photos: alone, two processes, --runner processes and ray
+    python docs/scale.py train                  # 40 steps: one process of two threads, two of torchrun
+    python docs/scale.py track                  # what each tracker costs a training
 
 Both compare ways in one run, print the ratios, and end with 1 where a limit is missed. The loopback server
 is moto's (imgtool[test]); ``infer`` needs imgtool[ray].
@@ -211,6 +213,89 @@ def measure_infer(given: argparse.Namespace) -> bool:
     return ratio >= RAY_LEAST
 
 
+# --- trainings ------------------------------------------------------------------------------------
+
+
+def trained(words: Sequence[str], work: Path) -> tuple[float, dict[str, Any]]:
+    """Run a training; return its CPU seconds, those of its children among them, and its first epoch."""
+    out = Path(tempfile.mkdtemp(dir=work)) / "run"
+    before = os.times()
+    done = subprocess.run(
+        [*words, "-o", str(out)],
+        capture_output=True,
+        text=True,
+        env=os.environ | THREADS,
+        check=False,
+        cwd=work,
+    )
+    after = os.times()
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(words)} failed:\n{done.stderr}")
+    spent = after.children_user + after.children_system - before.children_user - before.children_system
+    return spent, json.loads((out / "log.jsonl").read_text().splitlines()[0])
+
+
+def measure_train(given: argparse.Namespace) -> bool:
+    """Train by one process and by two; print steps per second and how far the results are apart."""
+    work = Path(tempfile.mkdtemp())
+    photographs(work / "photos", 24, 384)
+    common = ["-m", "imgtool", "train", given.engine, "--photos", str(work / "photos"), "--batch", "8"]
+    common += [
+        "--steps",
+        str(given.steps),
+        "--epoch-steps",
+        str(given.steps),
+        "--warmup",
+        "5",
+        "--workers",
+        "0",
+    ]
+    common += ["--device", "cpu", "--crop", "128"]
+    ways = {
+        "one process, two threads": [sys.executable, *common, "--threads", "2"],
+        "torchrun, two processes of one": [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *common,
+        ],
+    }  # fmt: skip
+    rows = {name: [trained(words, work)[1] for _ in range(given.rounds)] for name, words in ways.items()}
+    seconds = {name: min(row["seconds"] for row in found) for name, found in rows.items()}
+    one, two = (rows[name][0] for name in ways)
+    print(
+        json.dumps(
+            {"seconds": seconds, "loss": [one["loss"], two["loss"]], "scores": [one["scores"], two["scores"]]}
+        )
+    )
+    for name, each in seconds.items():
+        print(f"{name:32} {given.steps / each:6.2f} steps/s, loss {rows[name][0]['loss']:.7f}")
+    return abs(one["loss"] / two["loss"] - 1) < 1e-4
+
+
+def measure_track(given: argparse.Namespace) -> bool:
+    """Print the CPU seconds of a training without and with each tracker."""
+    work = Path(tempfile.mkdtemp())
+    photographs(work / "photos", 8, 96)
+    words = [
+        sys.executable,
+        "-m",
+        "imgtool",
+        "train",
+        "filter",
+        "--photos",
+        str(work / "photos"),
+        "--batch",
+        "2",
+    ]
+    words += ["--crop", "16", "--epoch-steps", str(given.steps), "--workers", "0", "--threads", "1"]
+    for tracker in ("", "tensorboard", "mlflow", "wandb"):
+        more = ["--track", tracker] if tracker else []
+        short, long = (
+            trained([*words, *more, "--steps", str(n)], work)[0] for n in (given.steps // 10, given.steps)
+        )
+        per_step = 1000 * (long - short) / (given.steps - given.steps // 10)
+        print(f"{tracker or 'none':12} {long:6.1f} s CPU of {given.steps} steps, {per_step:.2f} ms a step")
+    return True
+
+
 def main() -> int:
     """Measure what the words ask for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -232,6 +317,14 @@ def main() -> int:
     )
     inferring.add_argument("--rounds", type=int, default=2, help="in turn; the fastest of each counts")
     inferring.set_defaults(measure=measure_infer)
+    training = kinds.add_parser("train")
+    training.add_argument("--engine", default="deblur")
+    training.add_argument("--steps", type=int, default=40)
+    training.add_argument("--rounds", type=int, default=2)
+    training.set_defaults(measure=measure_train)
+    tracking = kinds.add_parser("track")
+    tracking.add_argument("--steps", type=int, default=1000)
+    tracking.set_defaults(measure=measure_track)
     given = parser.parse_args()
     return 0 if given.measure(given) else 1
 

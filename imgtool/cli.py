@@ -11,14 +11,15 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NoReturn
 
 import typer
 import typer.main
 
-from imgtool import __version__, engines, places
+from imgtool import __version__, engines, names
 from imgtool.console import Console
 from imgtool.errors import DONE, INTERRUPTED, USAGE, ImgtoolError
 from imgtool.flags import Command, Flag, commands, flags, general
@@ -79,7 +80,7 @@ def perform(command: Command, given: Mapping[str, Any]) -> int:
     Returns:
         The exit code.
     """
-    quiet = bool(given["quiet"]) or places.rank() > 0  # of many processes, the first speaks
+    quiet = bool(given["quiet"]) or names.rank() > 0  # of many processes, the first speaks
     console = Console(json=bool(given["json"]), quiet=quiet, verbose=bool(given["verbose"]))
     preset = given.get("preset") or ""
     flagged = _given(command.settings, given)
@@ -89,13 +90,34 @@ def perform(command: Command, given: Mapping[str, Any]) -> int:
     verb = importlib.import_module(f"imgtool.{command.verb}")
     engine = engines.load(command.engine) if command.engine else None
     subject = (engine, command.action) if command.action else (engine,)
-    remote = places.urls(settings)
     if given["dry_run"]:
-        plan = places.plan(settings) if remote else verb.plan(*subject, settings)
-        return _show(command, settings, plan, console)
-    with places.local(settings, console) as settings:
+        return _show(command, settings, _plan(verb, subject, settings), console)
+    with _local(settings, console) as settings:
         code: int = verb.run(*subject, settings, console)
     return code
+
+
+def _plan(verb: Any, subject: Sequence[Any], settings: Settings) -> Mapping[str, object]:
+    """Return what would be done; what a URL names is looked at, and not fetched."""
+    if settings.elsewhere:
+        from imgtool import places
+
+        if places.urls(settings):
+            return places.plan(settings)
+    plan: Mapping[str, object] = verb.plan(*subject, settings)
+    return plan
+
+
+@contextmanager
+def _local(settings: Settings, console: Console) -> Iterator[Settings]:
+    """Give settings that name files of this machine alone."""
+    if not settings.elsewhere:
+        yield settings
+        return
+    from imgtool import places
+
+    with places.local(settings, console) as settings:
+        yield settings
 
 
 def _given(cls: type[Settings], given: Mapping[str, Any]) -> dict[str, Any]:

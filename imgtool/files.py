@@ -335,7 +335,7 @@ def _one(text: str, suffixes: Collection[str]) -> list[Item]:
     raise ImgtoolError(f"no such file: {text}", "check the path", USAGE)
 
 
-def _without_own(items: list[Item], endings: Collection[str]) -> list[Item]:
+def without_own(items: list[Item], endings: Collection[str]) -> list[Item]:
     """Leave out found files ``<stem><ending>`` whose ``<stem>`` is beside them."""
     stems = {item.source.with_suffix("") for item in items if item.source}
 
@@ -375,7 +375,7 @@ def expand(
     found = [item for text in inputs for item in _one(text, suffixes)]
     own = [f"-{engine}{more}" for more in ("", *SHEETS)] if engine else []
     if own or endings:
-        found = _without_own(found, [*own, *endings])
+        found = without_own(found, [*own, *endings])
     unique = {item.source.resolve() if item.source else None: item for item in reversed(found)}
     kept = set(map(id, unique.values()))
     return [item for item in found if id(item) in kept]

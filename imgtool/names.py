@@ -1,8 +1,13 @@
-"""What folders of this machine are called where they stand for folders elsewhere."""
+"""URLs where a folder may be named, and what folders of this machine are called that stand for them."""
 
 from __future__ import annotations
 
+import os
 import re
+from pathlib import Path
+
+SCHEMES = ("gs", "s3", "hf", "https", "http")
+_URL = re.compile(rf"^({'|'.join(SCHEMES)}):/+(?=[^/])")
 
 _CALLED: dict[str, str] = {}
 
@@ -24,3 +29,26 @@ def shown(text: str) -> str:
             whole = re.escape(local) + r"(?!\w|[.-]\w)"  # not the beginning of another name
             text = re.sub(whole, lambda _, url=_CALLED[local]: url, text)  # type: ignore[misc]
     return text
+
+
+def is_url(text: object) -> bool:
+    """Return whether a word, or a path made of one, names a folder elsewhere.
+
+    >>> is_url("s3://bucket/photos"), is_url(Path("gs://bucket")), is_url("C:/photos"), is_url("photos")
+    (True, True, False, False)
+    """
+    return isinstance(text, str | Path) and _URL.match(str(text)) is not None
+
+
+def url(text: str | Path) -> str:
+    """Return a URL as it was typed: a path made of one has lost a slash.
+
+    >>> url(Path("s3://bucket/photos"))
+    's3://bucket/photos'
+    """
+    return _URL.sub(r"\1://", str(text))
+
+
+def rank() -> int:
+    """Return the number of this process among those that ``torchrun`` started, 0 where it is alone."""
+    return int(os.environ.get("RANK", "0"))

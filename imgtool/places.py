@@ -5,7 +5,6 @@ The photos and outputs of ``infer`` are another matter: they pass through, a few
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -37,7 +36,7 @@ def urls(settings: Settings) -> dict[str, list[str]]:
         else set()
     )
     found = {
-        name: [buckets.url(each) for each in _each(getattr(settings, name)) if buckets.is_url(each)]
+        name: [names.url(each) for each in _each(getattr(settings, name)) if names.is_url(each)]
         for name in type(settings).model_fields.keys() - own
     }
     return {name: found[name] for name in type(settings).model_fields if found.get(name)}
@@ -80,7 +79,7 @@ def _replaced(settings: T, which: set[str], local: Callable[[str], Path]) -> T:
     """Return settings with URLs of the given names replaced."""
 
     def one(value: Any) -> Any:
-        return type(value)(local(buckets.url(value))) if buckets.is_url(value) else value
+        return type(value)(local(names.url(value))) if names.is_url(value) else value
 
     values: dict[str, Any] = {}
     for name in which:
@@ -135,13 +134,13 @@ def _staged(url: str, settings: Settings, name: str, console: Console) -> Iterat
         known = send.listed(stage)
     sender = send.Sender(stage, above, console.say, known=known)
     try:
-        if rank():
+        if names.rank():
             yield staged
         else:
             with sender:
                 yield staged
     finally:
-        if not sender.unsent if rank() == 0 else os.environ.get("LOCAL_RANK") == "0":
+        if not sender.unsent if names.rank() == 0 else os.environ.get("LOCAL_RANK") == "0":
             shutil.rmtree(stage, ignore_errors=True)
 
 
@@ -155,13 +154,10 @@ def _own_name(url: str) -> str:
     """Return a name that no other command takes; of many processes that share a training, one for all."""
     shared = [os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")]
     if "RANK" in os.environ and any(shared):
+        import hashlib  # which loads a large library
+
         return hashlib.sha256(" ".join([*shared, url]).encode()).hexdigest()[:12]
     return os.urandom(6).hex()
-
-
-def rank() -> int:
-    """Return the number of this process among those that ``torchrun`` started, 0 where it is alone."""
-    return int(os.environ.get("RANK", "0"))
 
 
 def _way_out(settings: Settings, url: str) -> str:

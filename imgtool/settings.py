@@ -16,7 +16,7 @@ import tomli
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 
-from imgtool import buckets, engines, names
+from imgtool import engines, names
 from imgtool.errors import USAGE, ImgtoolError
 
 VERBS: Mapping[str, str] = {
@@ -102,6 +102,16 @@ class Settings(BaseModel):
     def _expand_home(cls, value: Any) -> Any:
         """Expand ``~`` in paths: TOML files and ``--flag=~/x`` do not pass through a shell's hands."""
         return tuple(_at_home(each) for each in value) if isinstance(value, tuple) else _at_home(value)
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether any setting is a URL."""
+        values = (getattr(self, name) for name in type(self).model_fields)
+        return any(
+            names.is_url(each)
+            for value in values
+            for each in (value if isinstance(value, tuple) else (value,))
+        )
 
     def changed(self, **values: Any) -> Self:
         """Return a copy with some values replaced, validated again."""
@@ -600,6 +610,6 @@ def to_toml(settings: Settings, verb: str, engine: str) -> str:
 def _elsewhere(value: Any) -> Any:
     if isinstance(value, list):
         return [_elsewhere(each) for each in value]
-    if buckets.is_url(value):  # as a path, it has lost a slash
-        return buckets.url(value)
+    if names.is_url(value):  # as a path, it has lost a slash
+        return names.url(value)
     return names.shown(value) if isinstance(value, str) else value

@@ -7,33 +7,12 @@ Nothing here is imported before a URL is met.
 from __future__ import annotations
 
 import importlib
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from imgtool.errors import USAGE, ImgtoolError
-
-SCHEMES = ("gs", "s3", "hf", "https", "http")
-_URL = re.compile(rf"^({'|'.join(SCHEMES)}):/+(?=[^/])")
-
-
-def is_url(text: object) -> bool:
-    """Return whether a word, or a path made of one, names a folder elsewhere.
-
-    >>> is_url("s3://bucket/photos"), is_url(Path("gs://bucket")), is_url("C:/photos"), is_url("photos")
-    (True, True, False, False)
-    """
-    return isinstance(text, str | Path) and _URL.match(str(text)) is not None
-
-
-def url(text: str | Path) -> str:
-    """Return a URL as it was typed: a path made of one has lost a slash.
-
-    >>> url(Path("s3://bucket/photos"))
-    's3://bucket/photos'
-    """
-    return _URL.sub(r"\1://", str(text))
+from imgtool.names import SCHEMES, is_url, url
 
 
 @dataclass(frozen=True)

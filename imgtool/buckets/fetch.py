@@ -25,7 +25,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote, unquote
 
-from imgtool import buckets, files
+from imgtool import buckets, files, names
 from imgtool.buckets import Found, Interrupted, Offline, Place, manifest
 from imgtool.buckets.manifest import Entry, Manifest, hashes
 from imgtool.buckets.state import FOLDER, PIECE, Part, State, held, pieces
@@ -102,7 +102,7 @@ def checked(url: str | Path, folder: Path, watch: Watch | None = None) -> dict[s
     known = manifest.read(folder)
     if known is None:
         raise ImgtoolError(f"{folder} has no {manifest.NAME}", "fetch into it first, without --check", USAGE)
-    _refuse_other(known, buckets.url(url), folder)
+    _refuse_other(known, names.url(url), folder)
     start = time.monotonic()
     faults = manifest.check(known, folder, watch.done if watch else lambda finished, total: None)
     total = sum(entry.size for entry in known.entries.values())
@@ -125,7 +125,7 @@ def mirror(
     Raises:
         ImgtoolError: As ``fetch``, or a file could not be had.
     """
-    name = buckets.url(url)
+    name = names.url(url)
     folder = _cached(name)
     run = _Fetch(name, folder, Watch(done, say), JOBS)
     try:

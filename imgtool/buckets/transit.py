@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from urllib.parse import unquote
 
-from imgtool import buckets, files
+from imgtool import buckets, files, names
 from imgtool.buckets import Found, Place
 from imgtool.buckets.patience import patiently
 from imgtool.buckets.send import put, writable
@@ -76,12 +76,12 @@ class Transit:
             ImgtoolError: Code 2: nothing can be written to the URL of ``out``. Code 1: no disk space, ...
         """
         spool = files.cache_folder().absolute() / "spool" / os.urandom(8).hex()
-        urls = dict.fromkeys(buckets.url(text) for text in inputs if buckets.is_url(text))
+        urls = dict.fromkeys(names.url(text) for text in inputs if names.is_url(text))
         folders = dict.fromkeys(_fixed(url)[0] for url in urls)
         sources = tuple((str(spool / f"in-{n}"), url) for n, url in enumerate(folders))
         away, name = None, ""
-        if out is not None and buckets.is_url(out):
-            url = buckets.url(out)
+        if out is not None and names.is_url(out):
+            url = names.url(out)
             writable(url)
             above, name = (url, "") if url.endswith("/") else _split(url)
             away = (str(spool / "out"), above)

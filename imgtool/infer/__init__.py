@@ -122,25 +122,25 @@ def _travelling(settings: Infer) -> Iterator[tuple[Infer, Transit | None]]:
     if not any(":/" in word for word in words):
         yield settings, None
         return
-    from imgtool import buckets, names
+    from imgtool import names
 
-    if not any(map(buckets.is_url, words)):
+    if not any(map(names.is_url, words)):
         yield settings, None
         return
     from imgtool.buckets.transit import Transit
 
-    away = settings.out is not None and buckets.is_url(settings.out)
+    away = settings.out is not None and names.is_url(settings.out)
     if settings.zip and away:
         raise ImgtoolError("--zip holds files of this machine, and -o is a URL", "leave one out", USAGE)
     transit = Transit.begin(
-        [buckets.url(word) for word in settings.inputs if buckets.is_url(word)],
-        buckets.url(settings.out) if settings.out and away else None,
+        [names.url(word) for word in settings.inputs if names.is_url(word)],
+        names.url(settings.out) if settings.out and away else None,
     )
     try:
         for local, url in [*transit.plan.sources, *([transit.plan.out] if transit.plan.out else [])]:
             names.call(local.rstrip("/"), url)
         if settings.out and away:
-            settings = settings.model_copy(update={"out": transit.local(buckets.url(settings.out))})
+            settings = settings.model_copy(update={"out": transit.local(names.url(settings.out))})
         yield settings, transit
     finally:
         transit.close()

@@ -90,13 +90,13 @@ def _items(
     suffixes = engine.suffixes or files.READABLE
     if transit is None:
         return files.expand(settings.inputs, suffixes, engine.name, endings)
-    from imgtool import buckets
+    from imgtool import names
 
     found: dict[Path | None, files.Item] = {}
     for text in settings.inputs:
-        if buckets.is_url(text):
+        if names.is_url(text):
             own = [*(f"-{engine.name}{more}" for more in ("", *files.SHEETS)), *endings]
-            items = files._without_own(transit.items(buckets.url(text), suffixes), own)
+            items = files.without_own(transit.items(names.url(text), suffixes), own)
         else:
             items = files.expand([text], suffixes, engine.name, endings)
         for item in items:

@@ -7,6 +7,7 @@ of interpreter and libraries, or the one of ``imgtool.decoder`` where forking is
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import os
 import selectors
@@ -94,6 +95,7 @@ def _asked(path: Path, timeout: float) -> bytes:
 
 def _forked(path: Path, timeout: float) -> bytes:
     """Decode in a fork of this process, which is made as small as it gets before."""
+    gc.collect()
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)  # glibc's; elsewhere the heap stays as it is
     reader, writer = os.pipe()
