@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -19,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from imgtool import checkpoint, engines, files, images
+from imgtool import checkpoint, engines, files, images, machine
 from imgtool.console import plain
 from imgtool.engine import Engine, Subject, Timing, Watch
 from imgtool.errors import DONE, FAILED, ImgtoolError
@@ -70,59 +69,11 @@ def run(engine: Engine, settings: Bench, console: Console) -> int:
 
 def environment(settings: Bench) -> dict[str, object]:
     """Return what the figures depend on besides the code."""
-    import torch
-
     return {
-        "cpu": _cpu(),
-        "cores": os.cpu_count(),
-        "threads": settings.threads,
-        "device": settings.device,
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
+        **machine.facts(settings.device, settings.threads),
         "omp_wait_policy": "PASSIVE",
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        **_gpu(settings.device),
     }
-
-
-def _gpu(device: str) -> dict[str, object]:
-    """Return what there is to say of a CUDA device, {} where none is used."""
-    import torch
-
-    from imgtool import compute
-
-    where = compute.device(device)
-    if where.type != "cuda":
-        return {}
-    facts = torch.cuda.get_device_properties(where)
-    return {
-        "gpu": facts.name,
-        "gpu_memory_mb": facts.total_memory / 1e6,
-        "driver": _driver(str(facts.uuid)),
-        "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
-    }
-
-
-def _driver(gpu: str) -> str | None:
-    """Return version and clocks as NVIDIA's tool tells them of a GPU, None where it does not."""
-    query = ["--query-gpu=driver_version,clocks.sm,clocks.mem", "--format=csv,noheader"]
-    words = ["nvidia-smi", f"--id=GPU-{gpu}", *query]
-    try:
-        told = subprocess.run(words, capture_output=True, text=True, check=True, timeout=30).stdout
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return told.splitlines()[0] if told else None
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
 
 
 class Lab:

@@ -23,7 +23,7 @@ from imgtool import __version__, engines, names
 from imgtool.console import Console
 from imgtool.errors import DONE, INTERRUPTED, USAGE, ImgtoolError
 from imgtool.flags import Command, Flag, commands, flags, general
-from imgtool.settings import VERBS, Settings, resolve, to_toml
+from imgtool.settings import VERBS, Settings, Train, resolve, to_toml
 
 UNDO = "no_"
 KEYWORD = inspect.Parameter.KEYWORD_ONLY
@@ -80,7 +80,8 @@ def perform(command: Command, given: Mapping[str, Any]) -> int:
     Returns:
         The exit code.
     """
-    quiet = bool(given["quiet"]) or names.rank() > 0  # of many processes, the first speaks
+    # Of many processes that train, the first speaks.
+    quiet = bool(given["quiet"]) or (command.verb == "train" and names.rank() > 0)
     console = Console(json=bool(given["json"]), quiet=quiet, verbose=bool(given["verbose"]))
     preset = given.get("preset") or ""
     flagged = _given(command.settings, given)
@@ -90,7 +91,14 @@ def perform(command: Command, given: Mapping[str, Any]) -> int:
     verb = importlib.import_module(f"imgtool.{command.verb}")
     engine = engines.load(command.engine) if command.engine else None
     subject = (engine, command.action) if command.action else (engine,)
+    if names.many() and command.verb != "train":
+        what = f"torchrun is for imgtool train: each of its processes would {command.verb} all"
+        raise ImgtoolError(
+            what, "start it without torchrun; --shard and --runner of infer spread photos", USAGE
+        )
     if given["dry_run"]:
+        if names.rank():
+            return DONE
         return _show(command, settings, _plan(verb, subject, settings), console)
     with _local(settings, console) as settings:
         code: int = verb.run(*subject, settings, console)
@@ -102,7 +110,7 @@ def _plan(verb: Any, subject: Sequence[Any], settings: Settings) -> Mapping[str,
     if settings.elsewhere:
         from imgtool import places
 
-        if places.urls(settings):
+        if places.urls(settings) and not isinstance(settings, Train):
             return places.plan(settings)
     plan: Mapping[str, object] = verb.plan(*subject, settings)
     return plan

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
 from imgtool.errors import USAGE, ImgtoolError
-from imgtool.names import shown
+from imgtool.names import shown, url
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -34,7 +34,7 @@ def plain(value: Any) -> Any:
         return shown(value)
     if value is None or isinstance(value, bool | int):
         return value
-    return shown(str(value))
+    return shown(url(str(value)))
 
 
 def _write(stream: TextIO, text: str) -> None:

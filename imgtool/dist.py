@@ -19,11 +19,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, distributed, nn
 
-from imgtool import compute
+from imgtool import compute, names
 from imgtool.errors import INTERRUPTED, USAGE, ImgtoolError
 from imgtool.runtime import cores
 
 T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
 
 MASKS = {"Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "StochasticDepth"}
 """Layers that multiply their input, whose first axis is the batch, by a random mask."""
@@ -68,6 +69,8 @@ class World:
 
 
 _world = World()
+_all_reduce: Callable[..., Any] = distributed.all_reduce
+"""Once the processes have met, out of reach of the compiler: PyTorch 2.13 makes wrong sums of it."""
 
 
 def world() -> World:
@@ -77,10 +80,10 @@ def world() -> World:
 
 def _started() -> World:
     """Return the processes that ``torchrun``, or who else sets its variables, has started."""
-    if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if not names.many():
         return World()
-    names = {"rank": "RANK", "size": "WORLD_SIZE", "local": "LOCAL_RANK", "beside": "LOCAL_WORLD_SIZE"}
-    return World(**{field: int(os.environ[name]) for field, name in names.items() if name in os.environ})
+    given = {"rank": "RANK", "size": "WORLD_SIZE", "local": "LOCAL_RANK", "beside": "LOCAL_WORLD_SIZE"}
+    return World(**{field: int(os.environ[name]) for field, name in given.items() if name in os.environ})
 
 
 def refuse_many(what: str) -> None:
@@ -92,7 +95,7 @@ def refuse_many(what: str) -> None:
     Raises:
         ImgtoolError: Code 2, in a process of ``torchrun``.
     """
-    if _started().size > 1:
+    if names.many():
         words = f"{what} makes many trainings, and the processes of torchrun share one"
         raise ImgtoolError(words, f"leave out {what}, or start it without torchrun", USAGE)
 
@@ -119,7 +122,7 @@ def joined() -> Iterator[World]:
             warnings.filterwarnings("ignore", message="Grad strides do not match")  # of sides of length 1
             yield mine
     except BaseException as fault:
-        ending = _told(fault, int(store.add("told", 1)) == 1)
+        ending = _told(fault, _first_to_tell(store))
         if ending is not fault:
             raise ending from None
         raise
@@ -130,6 +133,7 @@ def joined() -> Iterator[World]:
 
 def _meet(mine: World) -> Any:
     """Form the group of processes; return the store that they share."""
+    global _all_reduce
     from torch.distributed.rendezvous import rendezvous
 
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -140,7 +144,16 @@ def _meet(mine: World) -> Any:
         first = (str(fault).splitlines() or [""])[0]
         what = f"process {mine.rank} of {mine.size} does not meet the others: {first}"
         raise ImgtoolError(what, "start all of them by torchrun") from None
+    _all_reduce = _uncompiled(distributed.all_reduce)
     return store
+
+
+def _first_to_tell(store: Any) -> bool:
+    """Return whether no other process has told of a fault, as far as can be known: the store may be gone."""
+    try:
+        return int(store.add("told", 1)) == 1
+    except RuntimeError:  # it lived in the process that has ended
+        return True
 
 
 def _told(fault: BaseException, alone: bool) -> BaseException:
@@ -195,7 +208,7 @@ def total(values: Tensor) -> Tensor:
     """Return the sum over all processes, elementwise and outside of gradients."""
     if _world.size > 1:
         values = values.detach().clone()
-        distributed.all_reduce(values)
+        _all_reduce(values)
     return values
 
 
@@ -203,7 +216,7 @@ def least(values: Tensor) -> Tensor:
     """Return the least values of all processes, elementwise and outside of gradients."""
     if _world.size > 1:
         values = values.detach().clone()
-        distributed.all_reduce(values, distributed.ReduceOp.MIN)
+        _all_reduce(values, distributed.ReduceOp.MIN)
     return values
 
 
@@ -288,13 +301,23 @@ def whole(terms: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     return dict(zip(terms, values.unbind(), strict=True))
 
 
+def _uncompiled(function: F) -> F:
+    """Return a function that stays as it is within a network that is compiled; this imports the compiler."""
+    kept: F = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+    return kept
+
+
 def _as_one(net: nn.Module) -> None:
-    """Let layers that look at the whole batch, or draw masks for it, do so across the processes."""
+    """Let layers that look at the whole batch, or draw masks for it, do so across the processes.
+
+    Of a network that is compiled, these layers are not: they wait for the others, and their masks are then
+    those of a network that is not compiled.
+    """
     for module in net.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.forward = MethodType(_normalised, module)  # type: ignore[method-assign]
+            module.forward = MethodType(_uncompiled(_normalised), module)  # type: ignore[method-assign]
         elif type(module).__name__ in MASKS:
-            module.forward = MethodType(_masked, module)
+            module.forward = MethodType(_uncompiled(_masked), module)
 
 
 class _Sum(torch.autograd.Function):

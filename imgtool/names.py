@@ -14,7 +14,7 @@ _CALLED: dict[str, str] = {}
 
 def call(local: object, url: str) -> None:
     """Have a folder or file of this machine, and all below it, shown by a URL from now on."""
-    _CALLED[str(local)] = url.rstrip("/")
+    _CALLED[os.path.abspath(str(local))] = public(url).rstrip("/")
 
 
 def shown(text: str) -> str:
@@ -26,7 +26,8 @@ def shown(text: str) -> str:
     """
     for local in sorted(_CALLED, key=len, reverse=True):
         if local in text:
-            whole = re.escape(local) + r"(?!\w|[.-]\w)"  # not the beginning of another name
+            # Not a part of another name.
+            whole = r"(?<![\w/.-])" + re.escape(local) + r"(?!\w|[.-]\w)"
             text = re.sub(whole, lambda _, url=_CALLED[local]: url, text)  # type: ignore[misc]
     return text
 
@@ -49,6 +50,25 @@ def url(text: str | Path) -> str:
     return _URL.sub(r"\1://", str(text))
 
 
+def public(text: str | Path) -> str:
+    """Return a URL without what is nobody's business: of the web's, name, password, query and fragment.
+
+    >>> public("https://ann:p@ss@host/photos?signature=1"), public("s3://bucket/a?b")
+    ('https://host/photos', 's3://bucket/a?b')
+    """
+    whole = url(text)
+    scheme, mark, rest = whole.partition("://")
+    if not mark or scheme not in ("http", "https"):
+        return whole
+    host, slash, path = rest.partition("/")  # a password may hold what begins a query elsewhere
+    return f"{scheme}://" + re.split(r"[?#]", host.rpartition("@")[2] + slash + path, maxsplit=1)[0]
+
+
+def many() -> bool:
+    """Return whether ``torchrun``, or who else sets its variables, started more processes than this one."""
+    return {"RANK", "MASTER_ADDR"} <= os.environ.keys() and int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
 def rank() -> int:
     """Return the number of this process among those that ``torchrun`` started, 0 where it is alone."""
-    return int(os.environ.get("RANK", "0"))
+    return int(os.environ["RANK"]) if many() else 0

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from imgtool import buckets, files, names
 from imgtool.engine import Watch
 from imgtool.errors import USAGE, ImgtoolError
-from imgtool.settings import Fetch, Infer, Settings, Train
+from imgtool.settings import Data, Fetch, Infer, Settings, Train
 
 if TYPE_CHECKING:
     from imgtool.console import Console
@@ -23,18 +23,19 @@ if TYPE_CHECKING:
 WRITTEN = ("out", "report", "zip")
 """Settings that name what is written; all others name what is read."""
 
-T = TypeVar("T", bound=Settings)
+OWN: Mapping[type[Settings], set[str]] = {Infer: {"inputs", "out"}, Fetch: {"url"}, Train: {"track_to"}}
+"""Settings that the verb itself goes to."""
+LOCK, UNSENT = ".lock", ".unsent"
+RUN = ("settings.toml", "last.pt")
+"""What a run must have to be resumed."""
+
+T = TypeVar("T")
+S = TypeVar("S", bound=Settings)
 
 
 def urls(settings: Settings) -> dict[str, list[str]]:
     """Return the URLs among settings by name, but for those that the verb itself goes to."""
-    own = (
-        {"inputs", "out"}
-        if isinstance(settings, Infer)
-        else {"url"}
-        if isinstance(settings, Fetch)
-        else set()
-    )
+    own = next((each for kind, each in OWN.items() if isinstance(settings, kind)), set())
     found = {
         name: [names.url(each) for each in _each(getattr(settings, name)) if names.is_url(each)]
         for name in type(settings).model_fields.keys() - own
@@ -46,7 +47,7 @@ def _each(value: object) -> tuple[Any, ...]:
     return value if isinstance(value, tuple) else (value,)
 
 
-def mirrored(settings: T, console: Console) -> T:
+def mirrored(settings: S, console: Console) -> S:
     """Return settings in which every URL to read from is a copy in the cache, fetched or refreshed now.
 
     Raises:
@@ -60,7 +61,7 @@ def mirror(url: str, console: Console) -> Path:
     """Return the copy of a URL in the cache, fetched or refreshed now."""
     from imgtool.buckets import fetch
 
-    with console.progress(100, f"fetch {url}") as bar:
+    with console.progress(100, f"fetch {names.public(url)}") as bar:
         percent = 0
 
         def done(finished: int, total: int) -> None:
@@ -75,7 +76,7 @@ def mirror(url: str, console: Console) -> Path:
     return copy
 
 
-def _replaced(settings: T, which: set[str], local: Callable[[str], Path]) -> T:
+def _replaced(settings: S, which: set[str], local: Callable[[str], Path]) -> S:
     """Return settings with URLs of the given names replaced."""
 
     def one(value: Any) -> Any:
@@ -91,7 +92,7 @@ def _replaced(settings: T, which: set[str], local: Callable[[str], Path]) -> T:
 
 
 @contextmanager
-def local(settings: T, console: Console) -> Iterator[T]:
+def local(settings: S, console: Console) -> Iterator[S]:
     """Give settings that name folders of this machine alone; send what was written when the block ends.
 
     What was written is sent while the work goes on, too, and when it fails or is interrupted. Of many
@@ -104,8 +105,13 @@ def local(settings: T, console: Console) -> Iterator[T]:
     if not found:
         yield settings
         return
-    settings = mirrored(settings, console)
+    _refuse_beside(settings, found)
     with ExitStack() as stack:
+        if names.many():
+            from imgtool import dist
+
+            stack.enter_context(dist.joined())
+        settings = mirrored(settings, console)
         for name in found.keys() & {*WRITTEN, "resume"}:
             given = found[name][0]
             staged = stack.enter_context(_staged(given, settings, name, console))
@@ -113,57 +119,142 @@ def local(settings: T, console: Console) -> Iterator[T]:
         yield settings
 
 
+def _refuse_beside(settings: Settings, found: Mapping[str, object]) -> None:
+    """Refuse to write beside a data set that is elsewhere: what is here is a copy."""
+    if isinstance(settings, Data) and "folder" in found and getattr(settings, "out", "") is None:
+        folder = names.public(str(getattr(settings, "folder", "")))
+        raise ImgtoolError(f"nothing is written beside {folder}", "name a folder by -o", USAGE)
+
+
 @contextmanager
 def _staged(url: str, settings: Settings, name: str, console: Console) -> Iterator[Path]:
-    """Give a folder or file of this machine that stands for a URL to write to."""
-    from imgtool.buckets import fetch, manifest, send
+    """Give a folder or file of this machine that stands for a URL to write to.
+
+    Of many processes, the first looks whether it may be written; one of each machine fetches what is there.
+    """
+    from imgtool.buckets import send
 
     above, _, last = url.rstrip("/").rpartition("/")
     if above.endswith("/"):  # a bucket alone
         raise ImgtoolError(f"{url} is a whole bucket", f"name a folder in it, such as {url}/results", USAGE)
     send.writable(url)
-    if name != "resume" and buckets.open(url).list() and not getattr(settings, "force", False):
-        raise ImgtoolError(f"{url} is not empty", _way_out(settings, url), USAGE)
-    stage = files.cache_folder() / "outgoing" / _own_name(url)
+    stage = files.cache_folder() / "outgoing" / _name(url)
     staged = stage / last
     names.call(staged, url)
-    known: send.Known = {}
-    if name == "resume":
-        _refuse_faults(fetch.fetch(url, staged, watch=Watch(say=console.say)))
-        (staged / manifest.NAME).unlink(missing_ok=True)
-        known = send.listed(stage)
-    sender = send.Sender(stage, above, console.say, known=known)
-    try:
-        if names.rank():
-            yield staged
-        else:
-            with sender:
+    first_here = not names.many() or os.environ.get("LOCAL_RANK", "0") == "0"
+    with ExitStack() as stack:
+        _agreed(lambda: _prepare(url, staged, settings, name, (console, stack)) if first_here else None)
+        known = send.listed(stage) if name == "resume" and not (stage / UNSENT).exists() else {}
+        sender = send.Sender(stage, above, console.say, known=known)
+        try:
+            if names.rank():
                 yield staged
-    finally:
-        if not sender.unsent if names.rank() == 0 else os.environ.get("LOCAL_RANK") == "0":
-            shutil.rmtree(stage, ignore_errors=True)
+            else:
+                with sender:
+                    yield staged
+        finally:
+            if first_here and (names.rank() or not sender.unsent):
+                shutil.rmtree(stage, ignore_errors=True)
 
 
-def _refuse_faults(record: Mapping[str, object]) -> None:
-    faults = record["faults"]
-    if isinstance(faults, list) and faults:
-        raise ImgtoolError(str(faults[0]), "try again: what has arrived is kept")
+def _name(url: str) -> str:
+    """Return the name of the folder that stands for a URL: a later command finds what was not sent."""
+    import hashlib  # which loads a large library
+
+    return hashlib.sha256(url.encode()).hexdigest()[:16]
 
 
-def _own_name(url: str) -> str:
-    """Return a name that no other command takes; of many processes that share a training, one for all."""
-    shared = [os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")]
-    if "RANK" in os.environ and any(shared):
-        import hashlib  # which loads a large library
+def _agreed(work: Callable[[], None]) -> None:
+    """Do something in every process; where it fails in one, it fails in all."""
+    fault = None
+    try:
+        work()
+    except ImgtoolError as found:
+        fault = found
+    if names.many():
+        from imgtool import dist
 
-        return hashlib.sha256(" ".join([*shared, url]).encode()).hexdigest()[:12]
-    return os.urandom(6).hex()
+        fault = next(filter(None, dist.gather(fault)), None)
+    if fault:
+        raise fault
 
 
-def _way_out(settings: Settings, url: str) -> str:
+def _prepare(url: str, staged: Path, settings: Settings, name: str, told: tuple[Console, ExitStack]) -> None:
+    """Fetch a run to go on with, or see that nothing is written over; no other command uses it then."""
+    console, stack = told
+    staged.parent.mkdir(parents=True, exist_ok=True)
+    if not stack.enter_context(_alone(staged.parent)):
+        raise ImgtoolError(f"another command on this machine writes to {url}", "wait until it has ended")
+    if name == "resume":
+        _take_up(url, staged, console)
+        return
+    left = staged.exists()
+    if names.rank() == 0 and not _may_overwrite(settings) and buckets.open(url).list():
+        raise ImgtoolError(f"{url} is not empty", _way_out(settings, url, name), USAGE)
+    if left and _resumable(staged) and isinstance(settings, Train):
+        what = f"a run that was to be sent to {url} was broken off, and lies on this machine"
+        raise ImgtoolError(what, _way_out(settings, url, name), USAGE)
+    if left:
+        shutil.rmtree(staged)
+
+
+def _take_up(url: str, staged: Path, console: Console) -> None:
+    """Fetch a run, unless what an earlier command left here unsent has come further."""
+    from imgtool.buckets import fetch, manifest
+
+    there = staged.with_name(f"{staged.name}.there")
+    shutil.rmtree(there, ignore_errors=True)
+    left = _resumable(staged)
+    if not left or buckets.open(url).list():
+        faults = fetch.fetch(url, there, watch=Watch(say=console.say))["faults"]
+        if isinstance(faults, list) and faults:
+            raise ImgtoolError(str(faults[0]), "try again")
+        (there / manifest.NAME).unlink(missing_ok=True)
+    if left and _step(staged) >= _step(there):
+        console.say(f"going on with what was not sent to {url}: it lies on this machine")
+        shutil.rmtree(there, ignore_errors=True)
+        (staged.parent / UNSENT).touch()
+        return
+    shutil.rmtree(staged, ignore_errors=True)
+    there.rename(staged)
+
+
+def _resumable(folder: Path) -> bool:
+    return all((folder / each).exists() for each in RUN)
+
+
+def _step(folder: Path) -> int:
+    """Return how many steps the log of a run tells of, -1 where there is none."""
+    log = folder / "log.jsonl"
+    rows = files.json_lines(log) if log.exists() else []
+    return max((int(row.get("step", 0)) for row in rows), default=0 if rows or log.exists() else -1)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[bool]:
+    """Tell whether no other command uses a folder, and keep it so for the block."""
+    try:
+        import fcntl
+    except ImportError:  # where there are no such locks
+        yield True
+        return
+    with (folder / LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+            return
+        yield True
+
+
+def _may_overwrite(settings: Settings) -> bool:
+    return getattr(settings, "force", False) or getattr(settings, "skip_existing", False)
+
+
+def _way_out(settings: Settings, url: str, name: str) -> str:
     if isinstance(settings, Train):
         return f"go on with what is there by --resume {url}, or name another folder by -o"
-    return "name another folder by -o"
+    return "name another place by " + ("-o" if name == "out" else f"--{name}")
 
 
 def plan(settings: Settings) -> Mapping[str, object]:
@@ -176,5 +267,7 @@ def plan(settings: Settings) -> Mapping[str, object]:
                 continue
             listed = buckets.open(url).list()
             size = sum(max(each.size, 0) for each in listed)
-            told[f"{name} {url}"] = f"{len(listed)} files, {size / 1e6:.1f} MB, to be fetched into the cache"
+            told[f"{name} {names.public(url)}"] = (
+                f"{len(listed)} files, {size / 1e6:.1f} MB, to be fetched into the cache"
+            )
     return told

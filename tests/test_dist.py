@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from toy import TOY, rows, state, timeless, toy
 from imgtool import cli, dist, engines, plots, sheets, train
 from imgtool.console import Console
 from imgtool.dist import World
-from imgtool.errors import DONE, INTERRUPTED, USAGE, ImgtoolError
+from imgtool.errors import DONE, FAILED, INTERRUPTED, USAGE, ImgtoolError
 from imgtool.train.feeding import size_at
 
 # --- one process, and the shares of many ------------------------------------------------------------
@@ -66,6 +68,8 @@ def test_alone_there_is_nothing_to_share(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_many_trainings_are_refused_where_processes_share_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
+    dist.refuse_many("--search")  # what numbers the tasks of a cluster, each by itself
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
     with pytest.raises(ImgtoolError, match="--search makes many trainings") as caught:
         dist.refuse_many("--search")
     assert caught.value.code == USAGE
@@ -85,6 +89,18 @@ def test_processes_of_a_machine_share_its_cores_and_not_a_device(monkeypatch: py
     with pytest.raises(ImgtoolError, match="2 processes for 1 GPUs") as caught:
         dist.device("auto")
     assert caught.value.code == USAGE
+
+
+def test_a_plan_is_told_by_the_first_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], photographs: Path
+) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, lines in ((0, 1), (1, 0)):
+        monkeypatch.setenv("RANK", str(rank))
+        command = ["train", "deblur", "--photos", str(photographs), "--dry-run", "--json"]
+        assert cli.run(command) == DONE
+        assert len(capsys.readouterr().out.splitlines()) == lines
 
 
 # --- two processes: the same training ----------------------------------------------------------------
@@ -160,10 +176,16 @@ def pieces() -> dict[str, Tensor]:
     return found
 
 
-def torchrun(*words: object, count: int = 2) -> subprocess.Popen[str]:
-    launch = f"-m torch.distributed.run --standalone --nproc-per-node {count} --no-python".split()
-    command = [sys.executable, *launch, sys.executable, *map(str, words)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def torchrun(*words: object, patience: float = 0.1) -> subprocess.Popen[str]:
+    """Start two processes; where one fails, the other is ended within so many seconds."""
+    launch = "-m torch.distributed.run --standalone --nproc-per-node 2 --no-python --monitor-interval".split()
+    return started([*launch, str(patience), sys.executable, *words])
+
+
+def started(words: Sequence[object], **variables: object) -> subprocess.Popen[str]:
+    env = {**os.environ, **{name: str(value) for name, value in variables.items()}}
+    command = [sys.executable, *map(str, words)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
 
 
 CHILD = f"""
@@ -173,6 +195,19 @@ sys.path.insert(0, {str(Path(__file__).parent)!r})
 import test_dist
 test_dist.train_all(*map(Path, sys.argv[1:]))
 """
+
+COMPILED = CHILD.replace("train_all", "train_both_ways")
+
+
+def train_both_ways(folder: Path) -> None:
+    """Train a network as it is, and compiled."""
+    with pytest.MonkeyPatch.context() as patch, dist.joined():
+        patch.setattr(plots, "curves", lambda *_, **__: None)
+        patch.setattr(sheets, "sheet", lambda *_, **__: None)
+        patch.setattr(torch.optim, "AdamW", Descent)
+        for word in ("plain", "compiled"):
+            settings = toy(folder, steps=4, batch=3, drop=0.5, compile=word == "compiled")
+            train.Loop(DEEP, settings, folder / word, Console()).go()
 
 
 @pytest.fixture(scope="module")
@@ -266,6 +301,17 @@ def test_layers_see_the_whole_batch_and_means_are_over_all_of_it(both: tuple[Pat
         assert part.keys() == alone.keys()
         shared = {name: value for name, value in part.items() if not name.endswith(" grad")}
         torch.testing.assert_close(shared, {name: alone[name] for name in shared}, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_learn_the_same_when_compiled(tmp_path: Path) -> None:
+    code, _, told = finished(torchrun("-c", COMPILED, tmp_path))
+    if "--compile does not work here" in told:
+        pytest.skip("there is no compiler")
+    assert code == DONE, told
+    assert "Warning" not in told
+    torch.manual_seed(0)
+    assert_alike(tmp_path / "plain", tmp_path / "compiled", DEEP.build(toy(Path(), drop=0.5)))
 
 
 # --- two processes, on the command line --------------------------------------------------------------
@@ -422,7 +468,7 @@ def test_a_batch_that_is_too_small_and_a_process_that_is_killed_are_one_error(
     small = [*words(photographs, tmp_path / "small"), "--batch", "1"]
     running = torchrun("-m", "imgtool", *small)
     killed = STOPPED.replace("SIGINT", "SIGKILL")
-    dead = torchrun("-c", killed, *words(photographs, tmp_path / "dead"))
+    dead = torchrun("-c", killed, *words(photographs, tmp_path / "dead"), patience=5)
     code, _, told = finished(running)
     assert code != DONE
     assert told.count("error: a batch of 1 has no sample for each of 2 processes") == 1
@@ -430,5 +476,22 @@ def test_a_batch_that_is_too_small_and_a_process_that_is_killed_are_one_error(
     code, _, told = finished(dead)
     assert code != DONE
     assert f"Signal {int(signal.SIGKILL)}" in told
-    assert told.count("error: ") == told.count("error: another process of this training has ended") <= 1
+    assert told.count("error: ") == told.count("error: another process of this training has ended") == 1
     assert_no_traceback(told)
+
+
+@pytest.mark.slow
+def test_the_end_of_the_process_that_the_others_meet_at_is_one_error(
+    photographs: Path, tmp_path: Path
+) -> None:
+    killed = STOPPED.replace("SIGINT", "SIGKILL").replace("rank == 1", "rank == 0")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        there = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1], "WORLD_SIZE": 2}
+    command = ["-c", killed, *words(photographs, tmp_path / "run")]
+    first, second = (started(command, RANK=rank, **there) for rank in range(2))
+    assert finished(first)[0] == -signal.SIGKILL
+    code, _, told = finished(second)
+    assert code == FAILED
+    assert told.count("error: ") == told.count("error: another process of this training has ended") == 1
+    assert "Traceback" not in told

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import zipfile
@@ -573,6 +574,41 @@ def test_interrupted(infer: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "in/b.png" not in page
 
 
+def test_sigterm_ends_a_batch_like_ctrl_c(infer: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("in/a.png", "in/b.png", "in/c.png"):
+        put(name)
+    calls: list[None] = []
+
+    def apply(*arguments: Any) -> Any:
+        calls.append(None)
+        if len(calls) == 2:
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+            finally:  # batch systems send it to the process, and to all of its group
+                os.kill(os.getpid(), signal.SIGTERM)
+        return ENGINE.apply(*arguments)
+
+    with_apply(monkeypatch, apply)
+    done = infer("in", "-o", "out", "--report", "page")
+    assert done.code == 130
+    told = "1 of 3 photos are done: the same command with --skip-existing goes on"
+    assert done.err.splitlines()[-3:] == [told, "report: page/index.html", "interrupted"]
+    assert [name for name in listing() if not name.startswith("in")] == ["out/a.png", "page/index.html"]
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert infer("in", "-o", "out", "--skip-existing").code == 0
+    assert len(calls) == 4
+
+
+def test_sigterm_stays_what_its_owner_made_it(infer: Run) -> None:
+    put("a.png")
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        infer("a.png")
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_interrupted_while_it_writes(infer: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     put("a.png")
 
@@ -1056,6 +1092,16 @@ def test_the_archive_holds_all_of_the_batch(infer: Run, monkeypatch: pytest.Monk
     Path("all.zip").write_bytes(b"")
     infer(*words, "--skip-existing")  # rebuilt, from what is there
     assert Path("all.zip").read_bytes() == first
+
+
+def test_the_archive_holds_photos_whose_pictures_failed(infer: Run) -> None:
+    put("in/a.png")
+    put("in/b.png")
+    Path("out/a-compare.png").mkdir(parents=True)
+    assert infer("in", "-o", "out", "--compare", "--force", "--zip", "all.zip").code == 1
+    assert Path("out/a.png").exists()
+    with zipfile.ZipFile("all.zip") as zipped:
+        assert zipped.namelist() == ["outputs/a.png", "outputs/b.png"]
 
 
 def test_an_archive_of_outputs_in_several_folders(infer: Run) -> None:

@@ -6,16 +6,18 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import tomli
 
-from imgtool import names, places
+from imgtool import cli, names, places
 from imgtool.engines.deblur.settings import Infer, Train
 from imgtool.errors import DONE, USAGE
 from imgtool.settings import Fetch, make, to_toml
+from imgtool.train import portable
 
 
 def test_urls_are_known_in_paths_words_and_tuples() -> None:
@@ -39,6 +41,37 @@ def test_a_record_has_urls_with_all_their_slashes(tmp_path: Path) -> None:
     assert table["photos"] == ["s3://b/photos", "hf://datasets/a/b/sub"]
     assert table["weights"] == str(tmp_path / "copying")  # another name that begins alike
     assert make(Train, table, "record").photos[0] == Path("s3:/b/photos")
+
+
+def test_no_password_or_signature_is_shown_or_recorded(tmp_path: Path) -> None:
+    url = "https://ann:p@ss@host/photos?signature=TOKEN"
+    names.call(tmp_path / "of-ann", url)
+    settings = Train(photos=(tmp_path / "of-ann",), weights=str(tmp_path / "of-ann"))
+    (tmp_path / "of-ann").mkdir()
+    kept = [
+        to_toml(settings, "train", "deblur"),
+        str(portable(settings)),
+        names.shown(f"in {tmp_path}/of-ann/1.jpg"),
+    ]
+    assert [text for text in kept if "p@ss" in text or "TOKEN" in text] == []
+    assert portable(settings)["photos"] == ["photos"]
+    assert portable(settings)["weights"] == "photos"
+    assert kept[2] == "in https://host/photos/1.jpg"
+
+
+def test_a_name_within_another_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names.call("cache/b", "s3://b")
+    text = f"{tmp_path}/cache/b/1.jpg and {tmp_path}/cache/bb and /home{tmp_path}/cache/b"
+    assert names.shown(text) == f"s3://b/1.jpg and {tmp_path}/cache/bb and /home{tmp_path}/cache/b"
+
+
+def test_rank_is_of_torchrun_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "3")  # as an array of jobs may set it
+    assert (names.many(), names.rank()) == (False, 0)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    assert (names.many(), names.rank()) == (True, 3)
 
 
 # --- with a server --------------------------------------------------------------------------------
@@ -71,11 +104,12 @@ def bucket(photographs: Path) -> Iterator[dict[str, str]]:
     server.stop()
 
 
-def run(bucket: dict[str, str], here: Path, *words: str) -> subprocess.CompletedProcess[str]:
+def run(bucket: dict[str, str], here: Path, *words: str, many: int = 0) -> subprocess.CompletedProcess[str]:
     here.mkdir(parents=True, exist_ok=True)
     surroundings = os.environ | bucket | {"IMGTOOL_CACHE": str(here / "cache"), "OMP_WAIT_POLICY": "PASSIVE"}
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={many}"] if many else []
     return subprocess.run(
-        [sys.executable, "-m", "imgtool", *words],
+        [sys.executable, *torchrun, "-m", "imgtool", *words],
         capture_output=True, text=True, cwd=here, env=surroundings, check=False, timeout=300,
     )  # fmt: skip
 
@@ -102,9 +136,69 @@ def test_a_training_reads_from_a_bucket_and_writes_into_it(bucket: dict[str, str
     record = tomli.loads((folder / "settings.toml").read_text())["train"]["filter"]
     assert record["photos"] == ["s3://work/photos"]
     assert not list((tmp_path / "two/cache/outgoing").iterdir())
+    # Two processes, which share one copy of the run.
+    two = run(
+        bucket, tmp_path / "five", "train", "filter", "--resume", "s3://work/runs/a", "--steps", "8", many=2
+    )
+    assert two.returncode == DONE, two.stderr
+    assert two.stderr.count("resuming s3://work/runs/a at step 6 of 8") == 1
+    assert not list((tmp_path / "five/cache/outgoing").iterdir())
     taken = run(bucket, tmp_path / "four", *words, *TRAIN)
     assert taken.returncode == USAGE
     assert "error: s3://work/runs/a is not empty\nhint: go on with what is there by --resume" in taken.stderr
+
+
+@pytest.mark.slow
+def test_a_run_killed_before_anything_was_sent_goes_on(bucket: dict[str, str], tmp_path: Path) -> None:
+    words = ["train", "filter", "--photos", "s3://work/photos", "-o", "s3://work/runs/killed", *TRAIN]
+    words += ["--steps", "100000"]
+    surroundings = os.environ | bucket | {"IMGTOOL_CACHE": str(tmp_path / "cache")}
+    child = subprocess.Popen([sys.executable, "-m", "imgtool", *words], env=surroundings, cwd=tmp_path)
+    while not list(tmp_path.glob("cache/outgoing/*/killed/last.pt")):
+        assert child.poll() is None
+        time.sleep(0.05)
+    child.kill()
+    child.wait()
+    anew = run(bucket, tmp_path, *words)
+    assert anew.returncode == USAGE
+    assert "hint: go on with what is there by --resume s3://work/runs/killed" in anew.stderr
+    (log,) = tmp_path.glob("cache/outgoing/*/killed/log.jsonl")
+    steps = str(json.loads(log.read_text().splitlines()[-1])["step"] + 8)
+    done = run(bucket, tmp_path, "train", "filter", "--resume", "s3://work/runs/killed", "--steps", steps)
+    assert done.returncode == DONE, done.stderr
+    assert "going on with what was not sent to s3://work/runs/killed" in done.stderr
+    assert not list(tmp_path.glob("cache/outgoing/*"))
+    sent = run(bucket, tmp_path, "data", "fetch", "s3://work/runs/killed", "-o", "run")
+    assert sent.returncode == DONE, sent.stderr
+    assert {"last.pt", "best.safetensors", "settings.toml"} <= {
+        path.name for path in (tmp_path / "run").iterdir()
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        ("train filter --photos x --max-ms 3", "--max-ms is for a search, and there is none"),
+        ("train filter --photos x --parallel 2", "--parallel is for a search, and there is none"),
+        ("train filter --photos x --track-to http://127.0.0.1:1", "--track-to is for a tracker"),
+    ],
+)
+def test_what_would_change_nothing_is_refused(
+    words: str, what: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.run(words.split()) == USAGE
+    assert what in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_torchrun_is_for_trainings(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    assert cli.run(["infer", "awb", "x.dng"]) == USAGE
+    assert "torchrun is for imgtool train" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -126,6 +220,9 @@ def test_data_is_made_in_a_bucket_and_weights_are_read_from_it(
     assert made.returncode == DONE, made.stderr
     checked = run(bucket, tmp_path, "data", "check", "deblur", "s3://work/pairs")
     assert checked.returncode == DONE, checked.stderr
+    drawn = run(bucket, tmp_path, "data", "stats", "lens", "s3://work/pairs")
+    assert drawn.returncode == USAGE
+    assert "nothing is written beside s3://work/pairs\nhint: name a folder by -o" in drawn.stderr
     absent = run(bucket, tmp_path, "data", "check", "deblur", "s3://work/nothing")
     assert absent.returncode == USAGE
     assert absent.stderr.count("error: ") == 1
@@ -139,4 +236,6 @@ def test_a_dry_run_fetches_nothing(bucket: dict[str, str], tmp_path: Path) -> No
     )
     assert told.returncode == DONE, told.stderr
     assert "# photos s3://work/photos: 8 files" in told.stdout
+    assert "# parameters: " in told.stdout
+    assert "# output: s3://work/runs/b" in told.stdout
     assert not (tmp_path / "cache").exists()

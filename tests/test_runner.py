@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -9,22 +10,26 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from imgtool import cli, files
+from imgtool import cli, engines, files, names
 from imgtool.errors import USAGE, ImgtoolError
 from imgtool.infer.listing import Job, Order
 from imgtool.infer.work import Outcome
+from imgtool.runner import Books, copies_of
+from imgtool.runner.cluster import connect
 from imgtool.runner.dealer import Dealer, Hand, Lost, News
 from imgtool.runner.manifest import Manifest
+from imgtool.runner.manifest import name as manifest_name
 from imgtool.runner.shards import Shard, shard
-from imgtool.runner.worker import Reply
+from imgtool.runner.worker import Brief, Dealt, Reply, Worker
 
 # --- parts of a batch ------------------------------------------------------------------------
 
@@ -75,7 +80,7 @@ def test_a_line_that_was_torn_is_left_out_and_the_next_one_is_whole(tmp_path: Pa
     with path.open("ab") as file:
         file.write(b'{"input": "b.png", "sta')
     second = Manifest(path)
-    assert second.earlier["a.png"]["facts"] == {"x": 0.5}
+    assert files.json_lines(path)[1]["facts"] == {"x": 0.5}
     assert second.rows == {"a.png": {"k": 1.5}}
     assert [second.broken(item(name)) for name in ("a.png", "b.png", "c.png")] == [False, True, False]
     second.add({"input": "c.png", "status": "failed", "begun": True})
@@ -86,6 +91,57 @@ def test_a_line_that_was_torn_is_left_out_and_the_next_one_is_whole(tmp_path: Pa
     assert [third.broken(item(name)) for name in ("a.png", "c.png", "d.png")] == [False, True, False]
     assert third.rows == second.rows
     third.close()
+
+
+def noted(path: Path, *records: dict[str, object]) -> Manifest:
+    """Return a manifest that is opened again after a run that wrote these lines."""
+    earlier = Manifest(path)
+    for record in records:
+        earlier.add({"input": "photos/a.png", **record})
+    earlier.close()
+    return Manifest(path)
+
+
+def test_what_broke_stays_broken_until_it_is_done(tmp_path: Path) -> None:
+    path, photo = tmp_path / "infer-manifest.jsonl", item("photos/a.png")
+    cases: list[tuple[dict[str, object], bool]] = [
+        ({"status": "begun"}, True),
+        ({"status": "failed", "begun": False}, True),
+        ({"status": "failed", "begun": True}, True),
+        ({"status": "failed", "begun": False}, True),
+        ({"status": "done"}, False),
+        ({"status": "failed", "begun": False}, False),
+    ]
+    for status, broken in cases:
+        manifest = noted(path, status)
+        assert manifest.broken(photo) is broken
+        manifest.close()
+
+
+def test_a_photo_is_known_by_whatever_path_it_is_named(tmp_path: Path) -> None:
+    Path("photos").mkdir()
+    Path("link").symlink_to("photos")
+    url = files.Item(Path("x"), Path("x"), url="s3://bucket/photos/../a.png")
+    manifest = noted(tmp_path / "m.jsonl", {"status": "begun"}, {"input": url.name, "status": "begun"})
+    for name in ("photos/a.png", f"{Path.cwd()}/photos/a.png", "link/a.png", "./photos/../photos/a.png"):
+        assert manifest.broken(item(name))
+    assert manifest.broken(url)
+    assert not manifest.broken(files.Item(Path("x"), Path("x"), url="s3://bucket/a.png"))
+    assert not manifest.broken(item("a.png"))
+    manifest.close()
+
+
+def test_a_manifest_is_of_one_batch_at_a_time(tmp_path: Path) -> None:
+    pytest.importorskip("fcntl")
+    first, path = Manifest(tmp_path / "m.jsonl"), tmp_path / "m.jsonl"
+    with pytest.raises(ImgtoolError, match="another batch writes into") as caught:
+        Manifest(path)
+    assert str(tmp_path) in caught.value.what
+    assert "wait until it has ended" in caught.value.hint
+    Manifest(tmp_path / "m-0-of-2.jsonl").close()
+    first.close()
+    Manifest(path).close()
+    assert path.read_bytes() == b""
 
 
 # --- the dealer ------------------------------------------------------------------------------
@@ -102,36 +158,56 @@ def name(order: Order) -> str:
 class Staff:
     """Workers that answer at once, but for photos that they die of or fail with."""
 
-    def __init__(self, poison: Sequence[str] = (), bad: Sequence[str] = (), stillborn: int = 0) -> None:
+    def __init__(
+        self,
+        poison: Sequence[str] = (),
+        bad: Sequence[str] = (),
+        stillborn: Collection[int] = (),
+        seconds: Callable[[str], float] = lambda name: 1.0,
+        spell: int = 1000,
+    ) -> None:
         self.poison, self.bad, self.stillborn = poison, bad, stillborn
-        self.has: dict[Hand, deque[Order]] = {}
+        self.seconds, self.spell, self.now = seconds, spell, 0.0
+        self.has: dict[Hand, deque[Dealt]] = {}
         self.queue: deque[News] = deque()
         self.dead: set[Hand] = set()
         self.most = 0
+        self.calls: list[list[str]] = []
 
     def hire(self) -> Hand:
         hand = Hand()
         self.has[hand] = deque()
-        born = len(self.has) > self.stillborn
-        self.queue.append((hand, Reply(f"w{len(self.has)}") if born else Lost("SIGKILL")))
+        born = len(self.has) not in self.stillborn
+        self.queue.append((hand, [Reply(f"w{len(self.has)}")] if born else Lost("SIGKILL")))
         return hand
 
-    def call(self, hand: Hand, more: Sequence[Order]) -> None:
+    def call(self, hand: Hand, more: Sequence[Dealt], most: int) -> None:
         if hand in self.dead:
             return
         self.has[hand].extend(more)
         self.most = max(self.most, len(self.has[hand]))
-        order = self.has[hand].popleft()
-        if name(order) in self.poison:
+        done = [self.has[hand].popleft() for _ in range(min(most, self.spell))]
+        self.calls.append([name(dealt.order) for dealt in done])
+        if set(self.calls[-1]) & set(self.poison):
             self.dead.add(hand)
             self.queue.append((hand, Lost("SIGKILL")))
-        elif name(order) in self.bad:
-            self.queue.append((hand, Reply(hand.worker, fault=ImgtoolError("bad"))))
         else:
-            self.queue.append((hand, Reply(hand.worker, Outcome({"input": name(order)}))))
+            self.queue.append((hand, [self.reply(hand, dealt) for dealt in done]))
+
+    def reply(self, hand: Hand, dealt: Dealt) -> Reply:
+        if name(dealt.order) in self.bad:
+            return Reply(hand.worker, dealt.number, fault=ImgtoolError("bad"))
+        return Reply(hand.worker, dealt.number, Outcome({"input": name(dealt.order)}))
 
     def news(self, seconds: float) -> list[News]:
-        return [self.queue.popleft()]
+        """Return the oldest news; a clock goes on as if workers took turns."""
+        hand, news = self.queue.popleft()
+        if not isinstance(news, Lost):
+            self.now += sum(self.seconds(str(each.outcome.record["input"])) for each in news if each.outcome)
+        return [(hand, news)]
+
+    def clock(self) -> float:
+        return self.now
 
     def close(self, at_once: bool) -> None: ...
 
@@ -142,6 +218,7 @@ class Ledger:
         self.wrong: dict[str, str] = {}
         self.taken: list[list[str]] = []
         self.started: list[str] = []
+        self.said: list[str] = []
 
     def begun(self, order: Order, worker: str) -> None:
         self.started.append(name(order))
@@ -156,17 +233,55 @@ class Ledger:
     def lost(self, worker: str, orders: Sequence[Order], reason: str) -> None:
         self.taken.append([name(order) for order in orders])
 
-    def words(self, words: Sequence[tuple[str, str]]) -> None: ...
+    def words(self, words: Sequence[tuple[str, str]]) -> None:
+        self.said += [text for _, text in words]
 
 
 def test_every_photo_is_dealt_once_and_few_at_a_time() -> None:
     staff, ledger = Staff(), Ledger()
-    dealer = Dealer(staff, ledger, 3)
+    dealer = Dealer(staff, ledger, 3, clock=staff.clock)
     dealer.run(orders(40))
     assert sorted(ledger.done) == [f"{n:02}.png" for n in range(40)] == sorted(ledger.started)
     assert len(staff.has) == 3
     assert staff.most <= 4
+    assert {len(call) for call in staff.calls} == {1}
     assert dealer.finished == 40
+
+
+@pytest.mark.parametrize("spell", [1000, 5])
+def test_quick_photos_are_dealt_many_at_a_time(spell: int) -> None:
+    staff, ledger = Staff(seconds=lambda name: 0.002, spell=spell), Ledger()
+    Dealer(staff, ledger, 2, clock=staff.clock).run(orders(1000))
+    assert ledger.done == [*dict.fromkeys(ledger.done)]
+    assert sorted(ledger.done) == sorted(ledger.started) == sorted(map(name, orders(1000)))
+    sizes = [len(call) for call in staff.calls]
+    assert max(sizes) == min(64, spell)
+    assert max(sizes[-4:]) <= 2  # all end together
+    assert staff.most <= 128
+
+
+def test_photos_that_are_slow_again_are_dealt_one_by_one() -> None:
+    staff, ledger = Staff(seconds=lambda name: 0.002 if name < "300" else 1.0), Ledger()
+    Dealer(staff, ledger, 2, clock=staff.clock).run(orders(600))
+    assert max(len(call) for call in staff.calls) > 16
+    assert {len(call) for call in staff.calls[-100:]} == {1}
+    assert len(ledger.done) == 600
+
+
+def test_a_quick_photo_that_kills_is_found_among_those_of_its_call() -> None:
+    staff, ledger = Staff(poison=["400.png", "403.png"], seconds=lambda name: 0.002), Ledger()
+    dealer = Dealer(staff, ledger, 2, clock=staff.clock)
+    dealer.run(orders(900))
+    assert sorted(ledger.wrong) == ["400.png", "403.png"]
+    assert sorted([*ledger.done, *ledger.wrong]) == sorted(map(name, orders(900)))
+    first = next(n for n, call in enumerate(staff.calls) if "400.png" in call)
+    assert len(staff.calls[first]) > 4
+    alone = [call for call in staff.calls if "400.png" in call or "403.png" in call][1:]
+    assert alone.count(["400.png"]) == 3
+    assert alone.count(["403.png"]) in (2, 3)
+    last = max(n for n, call in enumerate(staff.calls) if call in alone)
+    assert max(len(call) for call in staff.calls[last:]) > 16  # once they are found
+    assert dealer.finished == 900
 
 
 def test_no_more_workers_than_photos() -> None:
@@ -196,6 +311,7 @@ def test_two_photos_that_kill_at_the_end() -> None:
 def test_a_failure_stops_dealing_where_that_is_asked_for() -> None:
     staff, ledger = Staff(bad=["01.png"]), Ledger()
     Dealer(staff, ledger, 1, fail_fast=True).run(orders(20))
+    assert {len(call) for call in staff.calls} == {1}
     assert list(ledger.wrong) == ["01.png"]
     assert len(ledger.done) <= 3
     staff, ledger = Staff(bad=["01.png"]), Ledger()
@@ -203,17 +319,52 @@ def test_a_failure_stops_dealing_where_that_is_asked_for() -> None:
     assert len(ledger.done) == 19
 
 
+@pytest.mark.parametrize("workers", [2, 4, 6])
+def test_after_a_failure_nothing_is_dealt_nor_booked_to_another_photo(workers: int) -> None:
+    for bad, poison in ((bad, poison) for bad in range(8) for poison in range(24) if bad != poison):
+        staff, ledger = Staff(poison=[f"{poison:02}.png"], bad=[f"{bad:02}.png"]), Ledger()
+        dealer = Dealer(staff, ledger, workers, fail_fast=True)
+        dealer.run(orders(40))  # the ledger compares each outcome with its photo
+        assert f"{bad:02}.png" in ledger.wrong or f"{poison:02}.png" in ledger.wrong
+        ended = [*ledger.done, *ledger.wrong]
+        assert len({*ended}) == len(ended) == dealer.finished
+        failed = max(n for n, call in enumerate(staff.calls) if set(call) & {*ledger.wrong})
+        assert len(staff.calls) - failed <= 2 * workers
+
+
+def test_an_answer_for_another_photo_is_not_booked() -> None:
+    staff, ledger = Staff(), Ledger()
+    reply = staff.reply
+    staff.reply = lambda hand, dealt: reply(hand, Dealt(dealt.number ^ 1, dealt.order))  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError, match=r"w1 answered for photo 1, not 0, 00\.png"):
+        Dealer(staff, ledger, 1).run(orders(4))
+    assert not ledger.done
+
+
+def test_workers_that_die_as_they_start_do_not_stop_those_that_work() -> None:
+    staff, ledger = Staff(stillborn=range(2, 99)), Ledger()
+    dealer = Dealer(staff, ledger, 3)
+    dealer.run(orders(40))
+    assert len(ledger.done) == 40
+    assert len(staff.has) < 6
+    assert ledger.said[-1] == "workers die before they are ready: the batch goes on with 1 and no more"
+
+
 def test_workers_that_die_as_they_start() -> None:
-    staff, ledger = Staff(stillborn=2), Ledger()
+    staff, ledger = Staff(stillborn=[1, 2]), Ledger()
     Dealer(staff, ledger, 1).run(orders(3))
     assert len(ledger.done) == 3
     with pytest.raises(ImgtoolError, match="workers die before they are ready: SIGKILL"):
-        Dealer(Staff(stillborn=9), Ledger(), 1).run(orders(3))
+        Dealer(Staff(stillborn=range(99)), Ledger(), 1).run(orders(3))
 
 
 def test_a_bug_in_a_worker_is_not_hidden() -> None:
     staff = Staff()
-    staff.news = lambda seconds: [(next(iter(staff.has)), Reply("w", bug="ZeroDivisionError: here"))]  # type: ignore[method-assign]
+
+    def news(seconds: float) -> list[News]:
+        return [(next(iter(staff.has)), [Reply("w", bug="ZeroDivisionError: here")])]
+
+    staff.news = news  # type: ignore[method-assign]
     with pytest.raises(RuntimeError, match="ZeroDivisionError: here"):
         Dealer(staff, Ledger(), 1).run(orders(3))
 
@@ -315,6 +466,93 @@ def test_without_ray(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixtu
     assert "pip install 'imgtool[ray]'" in told
 
 
+@pytest.mark.parametrize("runner", [["--runner", "processes"], ["--shard", "0/1"]])
+def test_a_second_batch_on_a_folder_is_refused(runner: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("fcntl")
+    put("in/a.png")
+    part = "" if "processes" in runner else "0/1"
+    first = Manifest(Path("out") / manifest_name(part))
+    assert cli.run([*WORDS, "-o", "out/", *runner]) == 1
+    first.close()
+    assert capfd.readouterr().err.count("error: another batch writes into out\n") == 1
+    assert not content("out")
+
+
+def test_how_far_it_is_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    console = SimpleNamespace(live=False, say=said.append)
+    books = Books(SimpleNamespace(console=console, jobs=[None] * 16))  # type: ignore[arg-type]
+    monkeypatch.setattr("imgtool.runner.EVERY", -1.0)
+    for _ in range(3):
+        books.tick(0)
+    assert said == ["0 of 16: workers start"]
+    books.counts["done"] += 1
+    books.tick(1)
+    assert len(said) == 2
+
+
+def test_a_worker_elsewhere_has_copies_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched: list[str] = []
+
+    def mirror(url: str, say: object) -> Path:
+        fetched.append(url)
+        say("fetched")  # type: ignore[operator]
+        return Path("its.safetensors")
+
+    monkeypatch.setattr("imgtool.buckets.fetch.mirror", mirror)
+    copy = tmp_path / "cache" / "mine.safetensors"
+    names.call(copy, "s3://bucket/mine.safetensors")
+    asked = engines.settings("filter").Infer(inputs=("s3://bucket/in",), weights=str(copy), target="tv")
+    copies = copies_of(asked)
+    assert copies == {"weights": "s3://bucket/mine.safetensors"}
+    here = Worker(Brief("filter", asked, 1, str(tmp_path), copies=copies)).start()[0]
+    elsewhere = Worker(Brief("filter", asked, 1, str(tmp_path), host="elsewhere", copies=copies)).start()[0]
+    assert here.fault
+    assert "s3://bucket/mine.safetensors" in names.shown(here.fault.what)
+    assert fetched == ["s3://bucket/mine.safetensors"]
+    assert elsewhere.fault
+    assert "its.safetensors" in elsewhere.fault.what
+    assert elsewhere.words == [("say", "fetched")]
+
+
+@pytest.mark.parametrize("there", ["RAY_AUTH_TOKEN", ".ray/auth_token", ""])
+def test_a_token_that_is_there_is_shown_to_a_cluster(
+    there: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("RAY_USAGE_STATS_ENABLED", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"):
+        monkeypatch.setenv(name, "0")
+    if there.isupper():
+        monkeypatch.setenv(there, "secret")
+    elif there:
+        Path(there).parent.mkdir()
+        Path(there).write_text("secret")
+    told: dict[str, str | None] = {}
+
+    class Ray:
+        def is_initialized(self) -> bool:
+            told["mode"] = os.environ.get("RAY_AUTH_MODE")
+            return False
+
+        def init(self, **options: object) -> None:
+            os.write(2, b"noise\n")
+            raise ConnectionError("Unauthenticated\nmore")
+
+    monkeypatch.setenv("RAY_ADDRESS", "elsewhere")
+    monkeypatch.delitem(sys.modules, "ray", raising=False)
+    real = importlib.import_module
+    monkeypatch.setattr("importlib.import_module", lambda name: Ray() if name == "ray" else real(name))
+    with pytest.raises(ImgtoolError, match=r"no Ray cluster at elsewhere: Unauthenticated$") as caught:
+        connect(1, 1)
+    assert told == {"mode": "token" if there else None}
+    assert not capfd.readouterr().err
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    assert "RAY_AUTH_MODE=token" in caught.value.hint
+    assert "RAY_AUTH_TOKEN" in caught.value.hint
+
+
 # --- workers ---------------------------------------------------------------------------------
 
 
@@ -396,8 +634,8 @@ def alive(process: int) -> bool:
 
 @pytest.mark.slow
 def test_workers_do_what_the_plain_run_does(runner: str, start: Start) -> None:
-    for n in range(7):
-        put(f"in/{n % 2}/{n}.png", 100 + n, 90)
+    for n in range(7):  # the first two, which one worker is dealt, last until the other one is there
+        put(f"in/{n % 2}/{n}.png", *((1200 + n, 1600) if n in (0, 2) else (100 + n, 90)))
     Path("in/bad.png").write_bytes(b"no photo")
     words = ["--compare", "--side-by-side"]
     assert cli.run([*WORDS, *words, "-o", "plain"]) == 1
@@ -473,19 +711,22 @@ def test_a_driver_that_is_killed_is_gone_on_from(runner: str, start: Start) -> N
 
 
 @pytest.mark.slow
-def test_an_interrupted_batch_ends_its_workers_and_says_how_to_go_on(start: Start) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_batch_ends_its_workers_and_says_how_to_go_on(
+    number: signal.Signals, runner: str, start: Start
+) -> None:
     for n in range(30):
         put(f"in/{n:02}.png", 300, 400)
-    process = start("--runner", "processes", "--workers", "2")
+    process = start("--runner", runner, "--workers", "2")
     until(lambda: list(last().values()).count("done") >= 2)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, err = process.communicate()
     assert process.returncode == 130
     assert "of 30 photos are done: the same command with --skip-existing goes on" in err
     assert "Traceback" not in err
-    assert not any(alive(int(line["worker"].rpartition(":")[2])) for line in manifest())
+    until(lambda: not any(alive(int(line["worker"].rpartition(":")[2])) for line in manifest()))
     assert not [name for name in content("out") if name.startswith(".")]
-    process = start("--runner", "processes", "--workers", "2", "--skip-existing")
+    process = start("--runner", runner, "--workers", "2", "--skip-existing")
     process.communicate()
     assert process.returncode == 0
     assert len(content("out")) == 30

@@ -377,6 +377,7 @@ def test_a_search_does_not_become_something_else(tmp_path: Path, monkeypatch: py
         searching.plan(engine, toy(tmp_path / "named", search=2, register_as="me"))
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     with pytest.raises(ImgtoolError, match="--search makes many trainings"):
         searching.plan(engine, toy(tmp_path / "many", search=2))
 

@@ -11,24 +11,28 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from test_walls import imports, within
 from toy import TOY, Numbers, go, rows, toy
 
 from imgtool import checkpoint, track
 from imgtool.engine import Engine
 from imgtool.errors import USAGE, ImgtoolError
 from imgtool.port import Axis, Port, Slot
-from imgtool.track import facts, mlflow, recorder, tensorboard, wandb
+from imgtool.track import address, facts, mlflow, recorder, tensorboard, wandb
 from imgtool.track.sink import About, Row
+from imgtool.train.crew import CAMPAIGN
 
 needs = {
     name: pytest.mark.skipif(importlib.util.find_spec(name) is None, reason=f"needs {name}")
@@ -87,6 +91,10 @@ def _alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         ({"track": "mlflow", "track_to": "file:./mlruns"}, "MLflow keeps no runs in a folder"),
         ({"track": "mlflow", "track_to": "mlruns"}, "MLflow keeps no runs in a folder"),
         ({"track": "wandb", "track_to": "http://server"}, "records into a folder"),
+        ({"track": "mlflow", "track_to": "postgresql://me:SECRET@host/db"}, "--track-to holds a password"),
+        ({"track": "mlflow", "track_to": "http://me:SECRET@/x@host:5000"}, "--track-to holds a password"),
+        ({"track": "mlflow", "track_to": "mysql://host/db?user=me&passwd=SECRET"}, "--track-to holds a pass"),
+        ({"track": "wandb", "track_to": "http://me:SECRET@server"}, "--track-to holds a password"),
         ({"track": "mlflow", "register_as": "a/b"}, "no name of a model"),
     ],
 )
@@ -98,6 +106,17 @@ def test_what_no_tracker_can_do_is_refused(
         track.check(toy(tmp_path, **given))
     assert fault.value.code == USAGE
     assert fault.value.hint
+    assert "SECRET" not in fault.value.what + fault.value.hint
+
+
+@pytest.mark.parametrize(
+    "place", ["http://host:5000", "postgresql://me@host/db", "sqlite:////home/a:b@c/runs.db", "databricks"]
+)
+def test_a_place_without_a_password_is_taken(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    track.check(toy(tmp_path, track="mlflow", track_to=place))
 
 
 @pytest.mark.parametrize("kind", track.NEEDS)
@@ -108,10 +127,146 @@ def test_a_missing_extra_is_named(kind: str, tmp_path: Path, monkeypatch: pytest
     assert (fault.value.hint, fault.value.code) == (f"pip install 'imgtool[{kind}]'", USAGE)
 
 
-def test_a_store_keeps_its_place_and_its_password(tmp_path: Path) -> None:
+def test_a_store_keeps_its_place_and_an_address_loses_its_password(tmp_path: Path) -> None:
     assert mlflow.absolute("sqlite:///runs/mlflow.db") == f"sqlite:///{tmp_path}/runs/mlflow.db"
     assert mlflow.absolute("http://host:5000/") == "http://host:5000"
-    assert mlflow.shown("postgresql://me:secret@host/runs") == "postgresql://***@host/runs"
+    assert address.public("postgresql://me:se@cr/et@host/runs") == "postgresql://host/runs"
+    assert address.public("sqlite:////home/a:b@c/runs.db") == "sqlite:////home/a:b@c/runs.db"
+    found = address.public("mssql+pyodbc:///?odbc_connect=UID%3Dme%3BPWD%3Dsecret%3BEncrypt%3Dyes")
+    assert found == "mssql+pyodbc:///?odbc_connect=UID%3Dme%3BPWD%3D***%3BEncrypt%3Dyes"
+
+
+def test_what_others_say_is_told_without_passwords() -> None:
+    fault = ValueError("cannot reach 'http://me:sec'ret@host:5000/api' nor\npostgresql://me:a@b@db/runs")
+    assert recorder.line(fault) == "cannot reach 'http://host:5000/api' nor postgresql://db/runs"
+    assert recorder.line(ValueError("x" * 190 + " http://me:secret@host/")) == "x" * 190 + " http://ho ..."
+
+
+class Client:
+    """As much of MLflow's client as a run takes that begins and ends."""
+
+    def __init__(self, place: str) -> None:
+        self.place, self.ended = place, ""
+
+    def get_experiment_by_name(self, name: str) -> Any:
+        return SimpleNamespace(experiment_id="7", lifecycle_stage="active")
+
+    def create_run(self, *_: Any, **__: Any) -> Any:
+        return SimpleNamespace(info=SimpleNamespace(run_id="42"))
+
+    def get_run(self, run: str) -> Any:
+        return SimpleNamespace(
+            info=SimpleNamespace(lifecycle_stage="active"), data=SimpleNamespace(params={})
+        )
+
+    def set_terminated(self, run: str, status: str) -> None:
+        self.ended = status
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_, **__: None
+
+
+@pytest.fixture
+def clients(monkeypatch: pytest.MonkeyPatch) -> list[Client]:
+    """Clients that were asked for, newest last, by a package that need not be there."""
+    made: list[Client] = []
+
+    def client(place: str, registry_uri: str) -> Client:
+        assert registry_uri == place
+        made.append(Client(place))
+        return made[-1]
+
+    modules = {
+        "mlflow.tracking": SimpleNamespace(MlflowClient=client),
+        "mlflow.entities": SimpleNamespace(Param=lambda *each: each, RunTag=lambda *each: each),
+    }
+    real = importlib.import_module
+    monkeypatch.setattr(importlib, "import_module", lambda name: modules.get(name) or real(name))
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    return made
+
+
+def test_a_password_of_the_environment_is_used_and_kept_nowhere(
+    clients: list[Client], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    folder = tmp_path / "run"
+    for password in ("SECRET", "SECRET2"):  # it was changed before the run goes on
+        monkeypatch.setitem(os.environ, "MLFLOW_TRACKING_URI", f"http://me:{password}@host:5000/")
+        before = recorder.remembered(folder).get("mlflow", {})
+        told = about(folder, before)
+        recorder.Recorder(mlflow.open_sink(told), told, said.append, recorder.Post(0)).end("finished")
+        assert clients[-1].place == f"http://me:{password}@host:5000"
+        assert clients[-1].ended == "FINISHED"
+    text = (folder / "track.json").read_text()
+    assert json.loads(text)["mlflow"]["to"] == "http://host:5000"
+    assert "SECRET" not in text + " ".join(said)
+    assert said[0] == "MLflow: http://host:5000/#/experiments/7/runs/42"
+    # Named otherwise now, the run goes on where it was.
+    monkeypatch.setitem(os.environ, "MLFLOW_TRACKING_URI", "http://me:SECRET@other")
+    mlflow.open_sink(about(folder, before))
+    assert clients[-1].place == "http://host:5000"
+
+
+def test_requests_end_soon_unless_the_user_wants_otherwise(
+    clients: list[Client], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mlflow.open_sink(about(tmp_path / "run"))
+    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "10"
+    monkeypatch.setitem(os.environ, "MLFLOW_HTTP_REQUEST_TIMEOUT", "77")
+    mlflow.open_sink(about(tmp_path / "run"))
+    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "77"
+
+
+class Service:
+    """As much of Weights & Biases as numbers and pictures take: it may refuse a row."""
+
+    def __init__(self, folder: Path) -> None:
+        self.rows: list[tuple[int, dict[str, Any]]] = []
+        self.refused, self.step, self.id, self.url = -1, 0, "9", ""
+        self.summary: dict[str, Any] = {}
+        self.dir = str(folder / "wandb" / "offline-run-9" / "files")
+
+    def log(self, values: dict[str, Any], step: int, commit: bool) -> None:
+        if step == self.refused:
+            self.refused = -1
+            raise OSError(28, "No space left on device")
+        self.rows.append((step, values))
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *_, **__: None
+
+
+def wandb_run(service: Service, told: About, monkeypatch: pytest.MonkeyPatch) -> recorder.Recorder:
+    module = SimpleNamespace(
+        init=lambda **_: service, Settings=lambda **_: None, Image=lambda path: Path(path).name
+    )
+    monkeypatch.setattr(importlib, "import_module", lambda name: {"wandb": module}[name])
+    return recorder.Recorder(wandb.open_sink(told), told, lambda text: None, recorder.Post(0))
+
+
+def test_rows_of_wandb_are_told_once_and_counted_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    service = Service(tmp_path)
+    service.refused = 2
+    told = about(tmp_path / "run")
+    record = wandb_run(service, told, monkeypatch)
+    for step in (1, 2, 3, 4):
+        record.step(step, {"loss": float(step)})
+    record.epoch({"epoch": 1, "step": 4})
+    record.picture(told.folder / "samples" / "1.png", 4)
+    record.end("killed")
+    assert [row for row, _ in service.rows] == list(range(6))
+    losses = [(each["step"], each["train/loss"]) for _, each in service.rows if "train/loss" in each]
+    assert losses == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0)]
+    before = recorder.remembered(told.folder)["mlflow"]
+    assert before["rows"] == 6
+
+    # The end of its file was a picture: what follows has rows of its own.
+    again = Service(tmp_path)
+    record = wandb_run(again, about(tmp_path / "run", before), monkeypatch)
+    record.step(5, {"loss": 5.0})
+    record.end("finished")
+    assert again.rows == [(6, {"train/loss": 5.0, "step": 5})]
 
 
 def test_wandb_is_offline_until_somebody_is_logged_in(
@@ -164,9 +319,9 @@ def test_the_commit_is_told_and_whether_files_differ(tmp_path: Path, monkeypatch
         subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
     head = (tmp_path / ".git" / "HEAD").read_text().split()[1]
     commit = (tmp_path / ".git" / head).read_text().strip()
-    assert facts.commit(tmp_path) == {"git_commit": commit, "git_dirty": "false"}
+    assert facts.commit(tmp_path) == {facts.COMMIT: commit, facts.DIRTY: "false"}
     (tmp_path / "file").write_text("2")
-    assert facts.commit(tmp_path) == {"git_commit": commit, "git_dirty": "true"}
+    assert facts.commit(tmp_path) == {facts.COMMIT: commit, facts.DIRTY: "true"}
 
 
 def test_the_size_of_a_picture_is_read_off_its_header() -> None:
@@ -198,8 +353,37 @@ def test_what_fails_is_tried_again_behind_the_others_and_in_the_end_given_up() -
         time.sleep(0.001)
     post.put(job("d", 0))
     post.end()
+    assert post.ended(60)
     assert done == ["b", "c", "a", "d"]
     assert (post.lost, post.fault) == (1, "poison fails")
+
+
+def test_jobs_that_need_their_order_keep_it_and_pauses_grow() -> None:
+    done: list[tuple[str, float]] = []
+    left = {"b": 3, "poison": 9}
+
+    def job(name: str) -> Callable[[], None]:
+        def work() -> None:
+            left[name] = left.get(name, 0) - 1
+            if left[name] >= 0:
+                raise ValueError(name)
+            done.append((name, time.monotonic()))
+
+        return work
+
+    post = recorder.Post(0.01, in_order=True)
+    for name in ("a", "b", "c", "poison", "d"):
+        post.put(job(name))
+    deadline = time.monotonic() + 60
+    while len(done) < 4 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    post.end(job("last"))
+    assert post.ended(60)
+    assert [name for name, _ in done] == ["a", "b", "c", "d", "last"]
+    assert (post.lost, post.dead) == (1, False)
+    when = dict(done)
+    assert when["b"] - when["a"] >= 0.01 + 0.02 + 0.04  # it failed three times
+    assert when["d"] - when["c"] >= 0.01 + 0.02 + 0.04 + 0.08 + 0.16
 
 
 class Memo:
@@ -291,6 +475,129 @@ def test_a_resumed_run_is_not_told_twice(rewinds: bool, tmp_path: Path) -> None:
     if rewinds:
         expected = ["back to 3", [(3, again), (4, again)], *expected[1:]]
     assert sink.said == expected
+
+
+@pytest.mark.parametrize("in_order", [False, True])
+def test_a_rewind_that_is_tried_again_takes_nothing_newer_back(in_order: bool, tmp_path: Path) -> None:
+    class Refusing(Memo):
+        rewinds = True
+        faults = 2
+
+        def rewind(self, step: int) -> None:
+            self.faults -= 1
+            if self.faults >= 0:
+                raise OSError(28, "No space left on device")
+            super().rewind(step)
+
+    sink, before = Refusing(), {"run": "1", "step": 3, "epoch": 2}
+    told = recorder.Recorder(
+        sink, about(tmp_path / "run", before), lambda text: None, recorder.Post(0, in_order=in_order)
+    )
+    told.step(3, {"loss": 1.0})
+    told.picture(tmp_path / "run" / "samples" / "3.png", 3)  # which comes before the step's numbers
+    told.epoch({"epoch": 2, "step": 3})
+    told.step(4, {"loss": 1.0})
+    told.epoch({"epoch": 3, "step": 4})
+    told.end("finished")
+    assert [each for each in sink.said if isinstance(each, str)] == ["back to 3", "finished"]
+    assert sink.said[0] == "back to 3"
+    assert len(sink.said) == 7
+    if in_order:
+        assert [each[0][0] for each in sink.said[2:-1]] == [3, 3, 4, 4]
+
+
+def test_what_never_arrived_is_sent_when_its_steps_are_taken_again(tmp_path: Path) -> None:
+    class Choosy(Memo):
+        def numbers(self, rows: Sequence[Row]) -> None:
+            if rows[0].step == 1 and "train/loss" in rows[0].values:
+                raise ValueError("no such number")
+            super().numbers(rows)
+
+    folder = tmp_path / "run"
+    told = recorder.Recorder(Choosy(), about(folder), lambda text: None, recorder.Post(0))
+    for step in range(1, 201):
+        told.step(step, {"loss": 1.0})
+    told.epoch({"epoch": 1, "step": 200})
+    told.end("killed")
+    before = recorder.remembered(folder)["mlflow"]
+    assert (before.get("step", 0), before["epoch"]) == (0, 200)
+    sink = Memo()
+    told = recorder.Recorder(sink, about(folder, before), lambda text: None, recorder.Post(0))
+    told.step(51, {"loss": 1.0})
+    told.end("finished")
+    assert sink.said[0] == [(51, {"train/loss": 1.0})]
+
+
+class Hanging(Memo):
+    """Takes what it is given and never answers, until the test ends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked, self.free = threading.Event(), threading.Event()
+
+    def numbers(self, rows: Sequence[Row]) -> None:
+        self.asked.set()
+        assert self.free.wait(60)
+
+
+@pytest.mark.parametrize("by", ["time", "signal", "second signal"])
+def test_the_end_does_not_wait_for_ever(by: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorder, "PATIENCE", 0.15 if by == "time" else 60.0)
+    monkeypatch.setattr(recorder, "SOON", 0.0)
+    monkeypatch.setattr(recorder, "LOOK", 0.02)
+    came: list[int] = []
+
+    def heard(number: int, frame: Any) -> None:  # as the loop: the first is kept in mind, the second acts
+        came.append(number)
+        if by == "second signal":
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, heard)
+    sink, said = Hanging(), []  # type: ignore[var-annotated]
+    post = recorder.Post(0)
+    told = recorder.Recorder(sink, about(tmp_path / "run"), said.append, post)
+    told.step(1, {"loss": 1.0})
+    interrupt = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT))
+    began = time.monotonic()
+    try:
+        if by != "time":
+            interrupt.start()
+        with pytest.raises(KeyboardInterrupt) if by == "second signal" else nullcontext():
+            told.end("finished")
+        assert time.monotonic() - began < 10
+        assert signal.getsignal(signal.SIGINT) is heard
+    finally:
+        interrupt.cancel()
+        signal.signal(signal.SIGINT, before)
+        sink.free.set()
+    assert sink.asked.is_set()
+    assert came == ([] if by == "time" else [signal.SIGINT])
+    assert any(text.startswith("waiting for MLflow") for text in said)
+    if by != "second signal":
+        why = "it did not answer for 0 s" if by == "time" else "interrupted"
+        assert said[-1].startswith(f"warning: MLflow lacks a part of this run ({why})")
+    assert post.ended(60)
+    assert sink.said == []  # closing would have hung as well
+
+
+def test_a_record_that_was_given_up_is_not_closed(tmp_path: Path) -> None:
+    sink, said = Memo(10_000), []  # type: ignore[var-annotated]
+    told = recorder.Recorder(sink, about(tmp_path / "run"), said.append, recorder.Post(0))
+    for step in range(1, 10):
+        told.epoch({"epoch": step, "step": step})
+    told.end("finished")
+    assert sink.said == []
+    assert "lacks a part of this run (No space left on device)" in said[-1]
+
+
+def test_trackers_know_no_verb_that_uses_them() -> None:
+    for path in Path(track.__file__).parent.glob("*.py"):
+        assert not [
+            name
+            for name in imports(path)
+            if within(name, *(f"imgtool.{verb}" for verb in ("train", "bench", "infer", "data")))
+        ], path
+    assert recorder.MANY == CAMPAIGN
 
 
 def test_a_record_that_is_a_new_one_is_told_all(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ class Found:
         digests: Name of a hash ("md5", "sha256", "git-sha1") to its value in hexadecimal, where told.
             "etag-md5" is an ETag that looks like an MD5, and is none where a store encrypts with a key of the
             user (SSE-KMS, SSE-C): it is believed until a file that was read twice contradicts it.
+            "etag-parts" is the ETag of an object of S3 that was sent in parts: see ``manifest.hashes``.
     """
 
     path: str
@@ -59,7 +60,7 @@ class Place(Protocol):
         ...
 
     def write(self, source: Path, path: str) -> None:
-        """Send a file of this machine, to a path below."""
+        """Send a file of this machine, to a path below; raises as ``read``."""
         ...
 
     def url(self, path: str) -> str:

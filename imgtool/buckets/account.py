@@ -10,13 +10,18 @@ metadata server that is not there.
 from __future__ import annotations
 
 import configparser
+import hashlib
+import hmac
 import importlib
 import importlib.util
 import os
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, urlsplit
 
 from imgtool import files
 from imgtool.errors import ImgtoolError
@@ -122,8 +127,14 @@ def _section(source: Path, *names: str) -> dict[str, str]:
     return next((dict(parser[name]) for name in names if parser.has_section(name)), {})
 
 
+_REGIONS: dict[str, str] = {}
+"""Bucket to its region, as far as it was told: it is asked for once."""
+
+
 def _region(bucket: str) -> str:
     """Return the region of a bucket of Amazon's, which tells it to everybody (header x-amz-bucket-region)."""
+    if bucket in _REGIONS:
+        return _REGIONS[bucket]
     request = urllib.request.Request(f"https://s3.amazonaws.com/{bucket}", method="HEAD")
     opener = urllib.request.build_opener(_Stay)
     try:
@@ -133,7 +144,10 @@ def _region(bucket: str) -> str:
         headers = answer.headers
     except OSError:
         return "us-east-1"  # the first request of obstore says what is wrong with the network
-    return str(headers.get("x-amz-bucket-region") or "us-east-1")
+    region = headers.get("x-amz-bucket-region")
+    if region:
+        _REGIONS[bucket] = str(region)
+    return str(region or "us-east-1")
 
 
 class _Stay(urllib.request.HTTPRedirectHandler):
@@ -166,3 +180,74 @@ def gs() -> tuple[dict[str, Any], dict[str, Any]]:
     if any(os.environ.get(name) for name in cloud) or _made_by("Google"):
         return {}, client
     return {"skip_signature": True}, client
+
+
+def listing(
+    scheme: str, bucket: str, config: dict[str, Any], query: Mapping[str, str]
+) -> tuple[str, dict[str, str]]:
+    """Return the address and the headers that ask for a listing (ListObjectsV2, of both clouds' XML).
+
+    Args:
+        scheme: "s3" or "gs".
+        bucket: The bucket's name.
+        config: As ``s3`` and ``gs`` tell it.
+        query: Parameters of the address.
+
+    Raises:
+        LookupError: Who asks is known to obstore alone: a role of a machine, or an account of Google's.
+    """
+    asked = "&".join(f"{quote(name, safe='')}={quote(query[name], safe='')}" for name in sorted(query))
+    if scheme == "gs":
+        base = config.get("base_url") or os.environ.get("GOOGLE_BASE_URL") or "https://storage.googleapis.com"
+        token = config.get("bearer_token") or os.environ.get("GOOGLE_BEARER_TOKEN")
+        if not token and not config.get("skip_signature"):
+            raise LookupError
+        return f"{base}/{bucket}?{asked}", {"Authorization": f"Bearer {token}"} if token else {}
+    own = os.environ
+    region = config.get("region") or own.get("AWS_REGION") or own["AWS_DEFAULT_REGION"]
+    base = str(config.get("endpoint") or f"https://s3.{region}.amazonaws.com").rstrip("/")
+    url = f"{base}/{quote(bucket)}?{asked}"
+    return url, {} if config.get("skip_signature") else _signed(url, _keys(config), region)
+
+
+def _keys(config: dict[str, Any]) -> tuple[str, str, str]:
+    """Return the key, the secret and the token ("" where there is none) that sign."""
+    told: Mapping[str, Any] = config
+    if "by" in config:
+        told = config["by"]() | {}
+    elif "access_key_id" not in config:
+        told = {name: os.environ.get(theirs.upper()) for name, theirs in _KEYS.items()}
+    key, secret = told.get("access_key_id"), told.get("secret_access_key")
+    if not key or not secret:
+        raise LookupError
+    return key, secret, told.get("session_token") or told.get("token") or ""
+
+
+def _signed(url: str, keys: tuple[str, str, str], region: str) -> dict[str, str]:
+    """Return the headers of a GET that is signed (AWS Signature Version 4, Amazon S3 API Reference)."""
+    key, secret, token = keys
+    parts, now = urlsplit(url), datetime.now(UTC)
+    day, moment = f"{now:%Y%m%d}", f"{now:%Y%m%dT%H%M%SZ}"
+    nothing = hashlib.sha256(b"").hexdigest()
+    headers = {"x-amz-content-sha256": nothing, "x-amz-date": moment}
+    headers |= {"x-amz-security-token": token} if token else {}
+    lines = {"host": parts.netloc} | headers
+    names = ";".join(lines)
+    request = "\n".join(
+        [
+            "GET",
+            parts.path,
+            parts.query,
+            *(f"{name}:{value}" for name, value in lines.items()),
+            "",
+            names,
+            nothing,
+        ]
+    )
+    scope = f"{day}/{region}/s3/aws4_request"
+    text = f"AWS4-HMAC-SHA256\n{moment}\n{scope}\n{hashlib.sha256(request.encode()).hexdigest()}"
+    made = f"AWS4{secret}".encode()
+    for step in (*scope.split("/"), text):
+        made = hmac.digest(made, step.encode(), "sha256")
+    signature = f"AWS4-HMAC-SHA256 Credential={key}/{scope}, SignedHeaders={names}, Signature={made.hex()}"
+    return headers | {"Authorization": signature}

@@ -22,7 +22,7 @@ from functools import cached_property
 from typing import IO
 from urllib.parse import quote, unquote, urljoin, urlsplit
 
-from imgtool.buckets import Interrupted
+from imgtool.buckets import Interrupted, Offline
 from imgtool.errors import USAGE, ImgtoolError
 
 TIMEOUT = 30.0
@@ -75,18 +75,24 @@ class Reply:
             said = self.headers.get("Content-Length", "")
         return int(said) if said.isdecimal() else -1
 
-    def read(self) -> bytes:
+    def read(self, most: int | None = None) -> bytes:
         """Return the body.
+
+        Args:
+            most: Bytes after which no more is read: of a body that is longer, more than these are returned.
 
         Raises:
             Interrupted: It broke off; what had come is with it.
         """
-        got: list[bytes] = []
+        got = bytearray()
         try:
-            got.extend(self._chunks())
+            for chunk in self._chunks():
+                got += chunk
+                if most is not None and len(got) > most:
+                    break
         except Interrupted as fault:
-            raise Interrupted(str(fault), b"".join(got)) from None
-        return b"".join(got)
+            raise Interrupted(str(fault), bytes(got)) from None
+        return bytes(got)
 
     def copy(self, target: IO[bytes]) -> None:
         """Write the body into a file; raises as ``read``."""
@@ -145,7 +151,8 @@ class Client:
 
         Raises:
             Interrupted: The connection failed, or nobody answered in time.
-            ImgtoolError: No such host, a certificate that is not trusted, redirects without end.
+            Offline: No such host, which may be for want of a network.
+            ImgtoolError: A certificate that is not trusted, redirects without end or out of encryption.
         """
         first = _origin(url)
         for _ in range(_REDIRECTS):
@@ -159,9 +166,12 @@ class Client:
                     return
             finally:
                 self._give_back(_origin(url), connection, response)
-            url = urljoin(url, quote(moved, safe=_SAFE))
+            before, url = url, urljoin(url, quote(moved, safe=_SAFE))
             if urlsplit(url).scheme not in ("http", "https"):
                 break
+            if (urlsplit(before).scheme, urlsplit(url).scheme) == ("https", "http"):
+                what = f"{_plain(before)} leads on to {_plain(url)}, which is not encrypted"
+                raise ImgtoolError(what, "name that address where it may be trusted")
         raise ImgtoolError(f"{_plain(url)} leads nowhere but on", "the server redirects without end")
 
     def _send(
@@ -269,7 +279,7 @@ def _trouble(host: str, fault: Exception) -> Interrupted | ImgtoolError:
     if isinstance(fault, ssl.SSLError) and not isinstance(fault, ssl.SSLEOFError):
         return ImgtoolError(f"no secure connection to {host}: {fault.reason}", "does it want http://?")
     if isinstance(fault, socket.gaierror) and fault.errno == socket.EAI_NONAME:
-        return ImgtoolError(f"no such host: {host}", "check the address, and the network", USAGE)
+        return Offline(f"no such host: {host}", "check the address, and the network", USAGE)
     if isinstance(fault, http.client.InvalidURL):
         return ImgtoolError(f"{host} cannot be asked: {fault}", "check the address", USAGE)
     if isinstance(fault, TimeoutError):

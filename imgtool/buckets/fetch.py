@@ -16,8 +16,8 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -28,7 +28,7 @@ from urllib.parse import quote, unquote
 from imgtool import buckets, files, names
 from imgtool.buckets import Found, Interrupted, Offline, Place, manifest
 from imgtool.buckets.manifest import Entry, Manifest, hashes
-from imgtool.buckets.state import FOLDER, PIECE, Part, State, held, pieces
+from imgtool.buckets.state import FOLDER, PIECE, Closed, Part, State, held, pieces, use
 from imgtool.engine import Watch
 from imgtool.errors import USAGE, ImgtoolError
 
@@ -41,12 +41,16 @@ JOBS = 32
 LARGE = 2 * PIECE
 """Bytes above which a file is fetched in pieces, by several threads, and survives a kill in parts."""
 
+ROOM = JOBS * PIECE
+"""Bytes that all requests together may ask for at a time; memory holds up to twice as much."""
+
 WAITS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 """Seconds between attempts that bring nothing; half of it to all of it, by chance."""
 
 STOP_AFTER = 64
 """Failures in a row after which the rest is not tried: the network or the permission is gone."""
 
+T = TypeVar("T")
 Content = TypeVar("Content", bytes, Path)
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -81,7 +85,8 @@ def fetch(
         source: Its URL, or the place.
         folder: The folder here; it gets a manifest.
         suffixes: Where given, only files that end so (in any case).
-        jobs: Requests at once; each holds up to 8 MiB.
+        jobs: Requests at once. Together they ask for 256 MiB at most, and a file whose size is not told
+            before is fetched while nothing else is: memory holds it whole.
         force: Overwrite files that were not fetched from there.
         watch: Told of progress, in files or pieces of large ones, and of what a user should know.
 
@@ -98,16 +103,30 @@ def fetch(
 
 
 def checked(url: str | Path, folder: Path, watch: Watch | None = None) -> dict[str, object]:
-    """Check what lies in a folder against its manifest, without a network; return a record as ``fetch``."""
+    """Check what lies in a folder against its manifest, without a network.
+
+    Returns:
+        ``url``, ``folder``; ``whole`` files of ``files`` are as the manifest says; ``bytes``, ``seconds`` and
+        ``faults``.
+    """
     known = manifest.read(folder)
     if known is None:
         raise ImgtoolError(f"{folder} has no {manifest.NAME}", "fetch into it first, without --check", USAGE)
     _refuse_other(known, names.url(url), folder)
+    if not known.date:
+        raise ImgtoolError(f"a fetch into {folder} has not ended", "run it again, without --check")
     start = time.monotonic()
     faults = manifest.check(known, folder, watch.done if watch else lambda finished, total: None)
     total = sum(entry.size for entry in known.entries.values())
-    whole = len(known.entries) - len(faults)
-    return _record(known.url, folder, (whole, total, 0, 0), start, faults)
+    return {
+        "url": known.url,
+        "folder": str(folder),
+        "whole": len(known.entries) - len(faults),
+        "files": len(known.entries),
+        "bytes": total,
+        "seconds": round(time.monotonic() - start, 3),
+        "faults": faults,
+    }
 
 
 def mirror(
@@ -117,7 +136,8 @@ def mirror(
 ) -> Path:
     """Return a copy on this machine, in the cache: what has changed is fetched, what has gone is removed.
 
-    Without a network the copy of an earlier call serves where it is complete, which is said.
+    While this process lives, the copy stays as it is: processes that ask for it meanwhile, this one among
+    them, get it so. Without a network the copy of an earlier call serves where it is complete. Both is said.
 
     Returns:
         The folder; of a URL that names a file, the file.
@@ -127,39 +147,60 @@ def mirror(
     """
     name = names.url(url)
     folder = _cached(name)
-    run = _Fetch(name, folder, Watch(done, say), JOBS)
-    try:
-        faults: Any = run.run((), force=True, mirrored=True)["faults"]
-    except Offline as fault:
-        known = manifest.read(folder)
-        if known is None or not known.complete:
-            raise
-        say(f"{fault.what}; the copy of {known.date} is used")
-        return _single(folder, known)
-    if faults:
-        what = f"{len(faults)} files of {name} could not be fetched: {faults[0]}"
-        raise ImgtoolError(what, "run it again: what has come is kept")
-    return _single(folder, run.known)
+
+    def refresh() -> None:
+        try:
+            faults: Any = _Fetch(name, folder, Watch(done, say), JOBS).run((), force=True, mirrored=True)[
+                "faults"
+            ]
+        except Offline as fault:
+            known = manifest.head(folder)
+            if known is None or not known.complete:
+                raise
+            say(f"{fault.what}; the copy of {known.date} is used")
+            return
+        if faults:
+            what = f"{len(faults)} files of {names.public(name)} could not be fetched: {faults[0]}"
+            raise ImgtoolError(what, "run it again: what has come is kept")
+
+    use(folder, refresh, say)
+    known = manifest.head(folder)
+    if known is None or not known.single:
+        return folder
+    return folder / next(iter(manifest.entries(files.json_lines(folder / manifest.NAME)[1:])))
 
 
 def _cached(url: str) -> Path:
-    """Return the folder of a URL's copy; the last part keeps copies of a folder and of one below it apart."""
+    """Return the folder of a URL's copy, each of its own, beside that of a folder above or below it."""
     scheme, _, path = _shown(url).partition("://")
-    if "?" in url:
-        path += "?" + sha256(url.encode()).hexdigest()[:16]
-    parts = [quote(part, safe=" @+=,()").replace("..", "%2E%2E")[-200:] for part in path.split("/") if part]
-    return files.cache_folder().joinpath("buckets", scheme, *parts, ".copy")
+    if scheme.startswith("http") and "?" in url:
+        path += "?" + sha256(url.encode()).hexdigest()
+    return files.cache_folder().joinpath("buckets", scheme, *map(_part, path.split("/")), ".copy")
+
+
+def _part(part: str) -> str:
+    """Return a part of a URL as the name of a folder; what had to be changed ends in % and a hash.
+
+    >>> _part("photos 2026"), _part("..")
+    ('photos 2026', '%2E%2E%5ec1f7e700f37c3d')
+    """
+    safe = quote(part, safe=" @+=,()").replace("..", "%2E%2E")
+    safe = "%2E" + safe[1:] if safe.startswith(".") else safe
+    if safe == part and 0 < len(part) <= 200:
+        return part
+    return f"{safe[:150]}%{sha256(part.encode(errors='surrogateescape')).hexdigest()[:16]}"
 
 
 def _shown(url: str) -> str:
-    """Return a URL as it may be shown and kept: without a password, and what a web server signs it by."""
-    if url.startswith("http"):
-        url = re.sub("//[^/@]*@", "//", url.partition("?")[0].partition("#")[0])
-    return unquote(url).rstrip("/") if url.startswith("http") else url.rstrip("/")
+    """Return a URL as it may be shown and kept, the same for every way to write it."""
+    url = names.public(url).rstrip("/")
+    if not url.startswith("http"):
+        return url
+    return "/".join(_escaped(unquote(part)) for part in url.split("/"))
 
 
-def _single(folder: Path, known: Manifest) -> Path:
-    return folder / next(iter(known.entries)) if known.single else folder
+def _escaped(part: str) -> str:
+    return re.sub("[%/?#]", lambda match: quote(match[0], safe=""), part)
 
 
 def _refuse_other(known: Manifest, url: str, folder: Path) -> None:
@@ -203,28 +244,32 @@ class _Fetch:
         self.known = Manifest(self.url)
         self._in_the_way: set[str] = set()
         self._stop = threading.Event()
+        self._room = _Room(ROOM, self._stop)
         self._believed = True  # that an ETag which looks like an MD5 is one
 
     def run(self, suffixes: Sequence[str], force: bool, mirrored: bool = False) -> dict[str, object]:
         """Do all of it; ``mirrored`` removes what is listed no more."""
         start = time.monotonic()
-        listed = self.place.list()
-        if not listed:
-            raise ImgtoolError(f"there is nothing at {self.url}", "check the name", USAGE)
+        fetched: list[Entry] = []
         with held(self.folder, self.watch.say) as state:
+            listed = _apart(self.place.list).result()
+            if not listed:
+                raise ImgtoolError(f"there is nothing at {self.url}", "check the name", USAGE)
             self.known = self._before(state, force)
             wanted = self._safe(_chosen(listed, suffixes))
             self.known.single = len(listed) == 1 and _shown(self.place.url(listed[0].path)) == self.url
-            if mirrored:
-                self._remove({found.path for found in wanted})
+            gone = set(self.known.entries) - {found.path for found in wanted} if mirrored else set()
             state.sweep({found.path for found in wanted})
             todo = self._todo(wanted, force)
-            self.known.complete = False
-            fetched: list[Entry] = []
+            if todo or gone:
+                self.known.begin(self.folder)
             try:
+                self._remove(gone)
                 self._all(todo, state, fetched)
                 self.known.complete = not suffixes and not self.faults
             finally:
+                state.close()
+                self._take_up(state)
                 self.known.write(self.folder)
                 state.forget()
         paths = [each.path for each in wanted if each.path not in self._in_the_way]
@@ -240,11 +285,15 @@ class _Fetch:
                 _refuse_other(known, self.url, self.folder)
             known = None
             state.forget()
-        known = known or Manifest(self.url)
+        self.known = known or Manifest(self.url)
+        self._take_up(state)
+        return self.known
+
+    def _take_up(self, state: State) -> None:
+        """Take what is noted as finished into the manifest."""
         for path, entry in state.finished().items():
             if _untouched(self.folder / path, entry):  # else the kill came between its note and its name
-                known.entries[path] = entry
-        return known
+                self.known.entries[path] = entry
 
     def _safe(self, listed: list[Found]) -> list[Found]:
         """Leave out what could not lie in the folder by its name; each is a fault."""
@@ -255,7 +304,9 @@ class _Fetch:
         kept: dict[str, Found] = {}
         for found in listed:
             name = found.path.lower() if folds else found.path
-            if _outside(found.path):
+            if _odd(found.path):
+                self.faults.append(f"{found.path}: refused, for a part of its name is empty or a dot")
+            elif _outside(found.path):
                 self.faults.append(f"{found.path}: refused, for it would lie outside the folder")
             elif name in folders:
                 self.faults.append(f"{found.path}: refused, for it is the name of a folder too")
@@ -265,15 +316,23 @@ class _Fetch:
                 kept[name] = found
         return list(kept.values())
 
-    def _remove(self, listed: set[str]) -> None:
-        for path in set(self.known.entries) - listed:
+    def _remove(self, gone: Iterable[str]) -> None:
+        """Remove files, and the folders that are empty then."""
+        for path in gone:
             target = self.folder / path
-            target.unlink(missing_ok=True)
+            try:
+                target.unlink(missing_ok=True)
+            except (IsADirectoryError, NotADirectoryError):
+                pass  # it is no file of ours any more
+            except OSError as fault:
+                self.faults.append(f"{path}: cannot be removed: {_reason(fault)}")
+                continue
             del self.known.entries[path]
             for parent in list(target.parents)[: path.count("/")]:
-                if any(parent.iterdir()):
-                    break
-                parent.rmdir()
+                with suppress(FileNotFoundError, NotADirectoryError):
+                    if any(parent.iterdir()):
+                        break
+                    parent.rmdir()
 
     def _todo(self, wanted: list[Found], force: bool) -> list[Found]:
         """Return what has to be fetched, the largest first; add a fault for each file that is in the way."""
@@ -302,10 +361,11 @@ class _Fetch:
         if entry and (_untouched(target, entry) or _same(target, entry)):
             new = found.tag != entry.tag or not found.tag or found.size not in (-1, entry.size)
             return "" if new else replace(entry, modified=state.st_mtime_ns)
-        if found.digests and state.st_size == found.size and target.is_file():
-            made = hashes(target, dict(found.digests))
-            if all(made.get(name, value) == value for name, value in found.digests):
-                return _entry(found, state, made)
+        with suppress(PermissionError):
+            if found.digests and state.st_size == found.size and target.is_file():
+                made = hashes(target, dict(found.digests))
+                if all(made.get(name, value) == value for name, value in found.digests):
+                    return _entry(found, state, made)
         return "it was changed here" if entry else "another file is there already"
 
     def _all(self, todo: list[Found], state: State, fetched: list[Entry]) -> None:
@@ -339,7 +399,7 @@ class _Fetch:
     def _refuse_full(self, need: int) -> None:
         free = shutil.disk_usage(self.folder).free
         if need > free:
-            what = f"{self.folder} has {free / 1e6:.0f} MB free, and {need / 1e6:.0f} MB are to be fetched"
+            what = f"{self.folder} has {free / 1e6:.1f} MB free, and {need / 1e6:.1f} MB are to be fetched"
             raise _Full(what, "free some space or choose another folder with -o")
 
     def _each(
@@ -363,37 +423,38 @@ class _Fetch:
             finally:
                 ended.put(None)
 
-        with ThreadPoolExecutor(max(1, threads)) as crew:
-            futures = [crew.submit(work) for _ in range(threads)]
-            try:
-                for _ in futures:
-                    while (result := ended.get()) is not None:
-                        yield result
-            finally:
-                self._stop.set()
-            for future in futures:
-                future.result()
+        crew = [_apart(work) for _ in range(threads)]
+        try:
+            for _ in crew:
+                while (result := ended.get()) is not None:
+                    yield result
+        finally:
+            self._stop.set()
+        for each in crew:
+            each.result()
 
     def _outcome(self, task: Callable[[], Entry | None]) -> Entry | str | None:
         try:
             return task()
         except _Full:
             raise
+        except Closed:
+            return None
         except ImgtoolError as fault:
             return f"{fault.what} ({fault.hint})" if fault.hint else fault.what
         except OSError as fault:
-            reason = (fault.strerror or str(fault)).lower()
             if fault.errno in _FULL:
                 hint = "free some space, and run it again: what has come is kept"
-                raise _Full(f"cannot write {self.folder}: {reason}", hint) from None
-            return f"cannot be written: {reason}"
+                raise _Full(f"cannot write {self.folder}: {_reason(fault)}", hint) from None
+            return f"cannot be written: {_reason(fault)}"
 
     def _small(self, found: Found, state: State) -> Entry:
-        data, made = self._right(
-            found, self._read(found, 0, found.size), lambda: self._read(found, 0, found.size)
-        )
-        temporary = state.temporary(found.path, ".new")
-        temporary.write_bytes(data)
+        with self._room.of(found.size):
+            data, made = self._right(
+                found, self._read(found, 0, found.size), lambda: self._read(found, 0, found.size)
+            )
+            temporary = state.temporary(found.path, ".new")
+            temporary.write_bytes(data)
         return self._finish(found, state, temporary, made)
 
     def _piece(self, part: Part, state: State, piece: tuple[int, int]) -> Entry | None:
@@ -401,7 +462,7 @@ class _Fetch:
         if part.failed or self._stop.is_set():
             return None
         try:
-            if piece in part.left and not part.put(piece[0], self._read(part.found, *piece)):
+            if piece in part.left and not self._put(part, piece):
                 return None
             _, made = self._right(part.found, part.file, lambda: self._once_more(part))
         except BaseException:
@@ -411,9 +472,14 @@ class _Fetch:
         part.drop()
         return entry
 
+    def _put(self, part: Part, piece: tuple[int, int]) -> bool:
+        with self._room.of(piece[1] - piece[0]):
+            return part.put(piece[0], self._read(part.found, *piece))
+
     def _once_more(self, part: Part) -> Path:
         for begin, end in pieces(part.found.size):
-            part.write(begin, self._read(part.found, begin, end))
+            with self._room.of(end - begin):
+                part.write(begin, self._read(part.found, begin, end))
         return part.file
 
     def _finish(self, found: Found, state: State, temporary: Path, made: dict[str, str]) -> Entry:
@@ -432,6 +498,8 @@ class _Fetch:
             except Interrupted as broke:
                 if broke.got and end >= 0:
                     got, tries = got + broke.got, 0
+                if self._stop.is_set():
+                    raise Closed from None
                 if tries == len(WAITS) or self._stop.wait(WAITS[tries] * random.uniform(0.5, 1)):
                     raise ImgtoolError(str(broke), "run it again: what has come is kept") from None
                 tries += 1
@@ -460,12 +528,63 @@ class _Fetch:
         raise ImgtoolError(f"its {wrong[0].upper()} is not what the store tells, twice", hint)
 
     def _told(self, found: Found) -> Iterable[tuple[str, str]]:
-        return [(name, value) for name, value in found.digests if self._believed or name != "etag-md5"]
+        unsure = () if self._believed else ("etag-md5",)
+        return [(name, value) for name, value in found.digests if name not in ("etag-parts", *unsure)]
 
     def _doubt(self) -> None:
         if self._believed:
             self._believed = False
             self.watch.say("the store's ETags are no MD5s (encrypted with a key?): sizes alone are checked")
+
+
+class _Room:
+    """Lets requests begin while what they ask for together is not too much."""
+
+    def __init__(self, size: int, stop: threading.Event) -> None:
+        """Hold nothing.
+
+        Args:
+            size: Bytes; what alone is more has it alone.
+            stop: Ends every wait.
+        """
+        self._size, self._stop = size, stop
+        self._held = 0
+        self._less = threading.Condition()
+
+    @contextmanager
+    def of(self, size: int) -> Iterator[None]:
+        """Hold room for so many bytes, -1 for all of it; raises ``Closed`` when it is too late."""
+        size = min(size, self._size) if size >= 0 else self._size
+        with self._less:
+            while self._held + size > self._size:
+                if self._stop.is_set():
+                    raise Closed
+                self._less.wait(0.2)
+            self._held += size
+        try:
+            yield
+        finally:
+            with self._less:
+                self._held -= size
+                self._less.notify_all()
+
+
+def _apart(work: Callable[[], T]) -> Future[T]:
+    """Do a work in a thread that nobody waits for when the process ends: a request may take long."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as fault:  # noqa: BLE001 - raised where the result is asked for
+            future.set_exception(fault)
+
+    threading.Thread(target=run, name="imgtool-fetch", daemon=True).start()
+    return future
+
+
+def _reason(fault: OSError) -> str:
+    return (fault.strerror or str(fault)).lower()
 
 
 def _bound(function: Callable[..., Any], *arguments: object) -> Callable[[], Any]:
@@ -481,7 +600,10 @@ def _untouched(path: Path, entry: Entry) -> bool:
 
 
 def _same(path: Path, entry: Entry) -> bool:
-    return path.is_file() and path.stat().st_size == entry.size and hashes(path)["sha256"] == entry.sha256
+    try:
+        return path.is_file() and path.stat().st_size == entry.size and hashes(path)["sha256"] == entry.sha256
+    except PermissionError:
+        return False
 
 
 def _entry(found: Found, state: os.stat_result, made: dict[str, str]) -> Entry:
@@ -505,6 +627,15 @@ def _chosen(listed: list[Found], suffixes: Sequence[str]) -> list[Found]:
         for found in listed
         if found.path.partition("/")[0] not in own and (not endings or found.path.lower().endswith(endings))
     ]
+
+
+def _odd(path: str) -> bool:
+    """Tell whether a path could be that of another file, too.
+
+    >>> [_odd(path) for path in ("a/b.jpg", "a//b.jpg", "a/./b.jpg", "a/", "../b.jpg", "/b.jpg")]
+    [False, True, True, True, False, False]
+    """
+    return str(PurePosixPath(path)) != path
 
 
 def _outside(path: str) -> bool:

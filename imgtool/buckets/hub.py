@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import quote
 
 from imgtool.buckets import Found, Interrupted
+from imgtool.buckets.client import TIMEOUT
 from imgtool.buckets.patience import patiently
 from imgtool.buckets.web import Remote, safe
 from imgtool.errors import USAGE, ImgtoolError
@@ -58,6 +59,7 @@ class Hub(Remote):
 
     @cached_property
     def _ask(self) -> Any:
+        self._library.get_session().timeout = TIMEOUT  # the library itself sets none
         return self._library.HfApi(endpoint=self._server)
 
     def _inside(self, path: str) -> str:

@@ -6,9 +6,9 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,9 @@ NAME = "imgtool-manifest.jsonl"
 """Its file, in the folder: a line about the whole, then a line per file, sorted by path."""
 
 _BLOCK = 1 << 20
+
+PARTS = (5, 6, 7, 8, 10, 15, 16, 20, 25, 32, 50, 64, 100, 128, 256, 512, 1024)
+"""Sizes in MiB of the parts in which tools send large files to S3."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +48,7 @@ class Entry:
 
     def line(self) -> bytes:
         """Return its line of JSON."""
-        return (
-            json.dumps({name: value for name, value in asdict(self).items() if value != ""}).encode() + b"\n"
-        )
+        return json.dumps({name: value for name, value in vars(self).items() if value != ""}).encode() + b"\n"
 
 
 @dataclass
@@ -59,7 +60,7 @@ class Manifest:
         entries: Path to entry.
         complete: Whether the last fetch brought every file that was listed, without a choice of suffixes.
         single: Whether the URL names a file, which is all that the folder holds.
-        date: When the last fetch ended, in UTC (ISO 8601).
+        date: When the last fetch ended, in UTC (ISO 8601); "" from its first change until then.
     """
 
     url: str
@@ -68,9 +69,17 @@ class Manifest:
     single: bool = False
     date: str = ""
 
+    def begin(self, folder: Path) -> None:
+        """Write that a fetch is about to change the folder: until it ends, the folder is not complete."""
+        self.complete, self.date = False, ""
+        self._write(folder)
+
     def write(self, folder: Path) -> None:
         """Write it whole or not at all, with the time of now."""
         self.date = datetime.now(UTC).isoformat(timespec="seconds")
+        self._write(folder)
+
+    def _write(self, folder: Path) -> None:
         rows = [self.entries[path] for path in sorted(self.entries)]
         head = {"url": self.url, "date": self.date, "complete": self.complete, "single": self.single}
         counts = {"files": len(rows), "bytes": sum(row.size for row in rows)}
@@ -81,13 +90,27 @@ class Manifest:
 def read(folder: Path) -> Manifest | None:
     """Return the manifest of a folder; None where it has none."""
     try:
-        head, *rows = files.json_lines(folder / NAME) or [{}]
+        first, *rows = files.json_lines(folder / NAME) or [{}]
     except ImgtoolError:
         return None
+    return _of(first, entries(rows))
+
+
+def head(folder: Path) -> Manifest | None:
+    """Return the manifest of a folder without its entries, which may be many; None where it has none."""
+    try:
+        with (folder / NAME).open("rb") as file:
+            first = json.loads(file.readline())
+    except (OSError, ValueError):
+        return None
+    return _of(first, {}) if isinstance(first, dict) else None
+
+
+def _of(first: dict[str, Any], rows: dict[str, Entry]) -> Manifest:
     told: dict[str, Any] = {
-        name: head[name] for name in ("url", "complete", "single", "date") if name in head
+        name: first[name] for name in ("url", "complete", "single", "date") if name in first
     }
-    return Manifest(entries=entries(rows), **{"url": ""} | told)
+    return Manifest(entries=rows, **{"url": ""} | told)
 
 
 def entries(rows: Iterable[dict[str, Any]]) -> dict[str, Entry]:
@@ -102,17 +125,24 @@ def entries(rows: Iterable[dict[str, Any]]) -> dict[str, Entry]:
     return found
 
 
-def hashes(content: bytes | Path, names: Iterable[str] = ()) -> dict[str, str]:
-    """Return hashes of a content or a file in hexadecimal: SHA-256, and those of these names that are known.
+def hashes(content: bytes | Path, told: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return hashes of a content or a file in hexadecimal: SHA-256, and those that were told of it.
 
     Args:
         content: The bytes, or the file that holds them.
-        names: Of "md5", "etag-md5" and "git-sha1" (git's name of it: SHA-1 of a header and the content).
+        told: Name to value, of which "md5", "etag-md5", "git-sha1" (git's name of it: SHA-1 of a header and
+            the content) and "etag-parts" are known. The last is what S3 calls an object that was sent in N
+            parts: the MD5 of the MD5s of the parts, "-" and N. How large the parts were is not told. The
+            value comes back where it is that of a usual size (``PARTS``, or the smallest whole MiB), and ""
+            where not: then nothing is known.
     """
+    told = told or {}
     size = len(content) if isinstance(content, bytes) else content.stat().st_size
     made: dict[str, Any] = {"sha256": hashlib.sha256()}
-    for name in names:
-        if name in ("md5", "etag-md5"):
+    for name in told:
+        if name == "etag-parts":
+            made[name] = _Parts(told[name], size)
+        elif name in ("md5", "etag-md5"):
             made[name] = hashlib.md5(usedforsecurity=False)
         elif name == "git-sha1":
             made[name] = hashlib.sha1(f"blob {size}\0".encode(), usedforsecurity=False)
@@ -120,6 +150,50 @@ def hashes(content: bytes | Path, names: Iterable[str] = ()) -> dict[str, str]:
         for each in made.values():
             each.update(block)
     return {name: each.hexdigest() for name, each in made.items()}
+
+
+class _Parts:
+    """The ETag of an object that was sent in parts, for every size of a part that could be."""
+
+    def __init__(self, told: str, size: int) -> None:
+        self._told, self._count = told, int(told.rpartition("-")[2])
+        sizes = {*PARTS, -(-size // self._count >> 20)}
+        usual = {mib << 20 for mib in sizes if mib > 0 and -(-size // (mib << 20)) == self._count}
+        self._rows = [_Row(each) for each in usual]
+
+    def update(self, block: bytes) -> None:
+        for row in self._rows:
+            row.update(block)
+
+    def hexdigest(self) -> str:
+        made = {f"{row.hexdigest()}-{self._count}" for row in self._rows}
+        return self._told if self._told in made else ""
+
+
+class _Row:
+    """The MD5 of the MD5s of parts of one size in bytes."""
+
+    def __init__(self, size: int) -> None:
+        self._size, self._left, self._done = size, size, b""
+        self._part = hashlib.md5(usedforsecurity=False)
+
+    def update(self, block: bytes) -> None:
+        rest = memoryview(block)
+        while rest:
+            now, rest = rest[: self._left], rest[self._left :]
+            self._part.update(now)
+            self._left -= len(now)
+            if not self._left:
+                self._end()
+
+    def _end(self) -> None:
+        self._done += self._part.digest()
+        self._part, self._left = hashlib.md5(usedforsecurity=False), self._size
+
+    def hexdigest(self) -> str:
+        if self._left < self._size:
+            self._end()
+        return hashlib.md5(self._done, usedforsecurity=False).hexdigest()
 
 
 def _blocks(source: Path) -> Iterable[bytes]:

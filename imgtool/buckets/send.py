@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
-from imgtool import buckets
+from imgtool import buckets, files
 from imgtool.buckets import Place, manifest
 from imgtool.buckets.patience import patiently
 from imgtool.errors import USAGE, ImgtoolError
@@ -101,7 +101,10 @@ def send(
 
 def put(place: Place, source: Path, path: str) -> None:
     """Send one file, again where it is interrupted; raises ``ImgtoolError``."""
-    patiently(lambda: place.write(source, path))
+    try:
+        patiently(lambda: place.write(source, path))
+    except OSError as fault:
+        raise files.unreadable(source, fault) from None
 
 
 def _rank(path: str) -> int:
@@ -124,11 +127,12 @@ def _kept(folder: Path) -> Iterator[dict[str, Path]]:
         for path in sorted(filter(_rank, listed(folder)), key=_rank, reverse=True):
             aside.mkdir(exist_ok=True)
             copy = aside / str(len(copies))
-            try:
-                os.link(folder / path, copy)
-            except OSError:  # a file system without links
-                shutil.copy2(folder / path, copy)
-            copies[path] = copy
+            with suppress(FileNotFoundError):  # it was removed since it was listed
+                try:
+                    os.link(folder / path, copy)
+                except OSError:  # a file system without links
+                    shutil.copy2(folder / path, copy)
+                copies[path] = copy
         yield copies
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -205,6 +209,10 @@ class Sender:
 
     def _send(self) -> None:
         self.unsent = True
-        if self._folder.is_dir():
-            send(self._folder, self._url, self._known)
+        try:
+            if self._folder.is_dir():
+                send(self._folder, self._url, self._known)
+        except OSError as fault:
+            what = f"cannot send {self._folder}: {(fault.strerror or str(fault)).lower()}"
+            raise ImgtoolError(what, "check the disk and the permissions") from None
         self.unsent = False

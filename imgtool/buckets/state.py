@@ -1,10 +1,12 @@
-"""The hidden folder of a fetch: its lock, what is finished, and the parts of large files."""
+"""The hidden folder of a fetch: its lock, what is finished, and the parts of large files; locks of copies."""
 
 from __future__ import annotations
 
 import json
 import os
+import random
 import threading
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -12,15 +14,22 @@ from hashlib import sha1
 from pathlib import Path
 
 from imgtool import files
-from imgtool.buckets import Found
+from imgtool.buckets import Found, manifest
 from imgtool.buckets.manifest import Entry, entries
 from imgtool.errors import ImgtoolError
 
 FOLDER = ".imgtool-fetch"
 """Its name, in the folder that is fetched into; it is gone when all is there."""
 
+LOCK = ".lock"
+"""Its name, beside a copy in the cache: who uses the copy shares it, who changes the copy has it alone."""
+
 PIECE = 8 << 20
 """Bytes of a large file that one request asks for."""
+
+
+class Closed(Exception):
+    """The fetch has ended; what comes now is left."""
 
 
 class State:
@@ -31,9 +40,25 @@ class State:
         self.folder = folder / FOLDER
         self._log = self.folder / "finished.jsonl"
         self._lock = threading.Lock()
+        self._closed = False
+
+    def close(self) -> None:
+        """Have no more files finished: threads that are not waited for may still come with some."""
+        with self._lock:
+            self._closed = True
+
+    def check(self) -> None:
+        """Raise ``Closed`` where it is too late."""
+        if self._closed:
+            raise Closed
 
     def temporary(self, path: str, suffix: str) -> Path:
-        """Return the file that a path's content is put into before it is whole; always the same one."""
+        """Return the file that a path's content is put into before it is whole; always the same one.
+
+        Raises:
+            Closed: Too late: it is another fetch's now.
+        """
+        self.check()
         return self.folder / (sha1(path.encode(errors="surrogateescape")).hexdigest() + suffix)
 
     def finished(self) -> dict[str, Entry]:
@@ -41,11 +66,18 @@ class State:
         return entries(files.json_lines(self._log)) if self._log.exists() else {}
 
     def add(self, entry: Entry, temporary: Path, target: Path) -> None:
-        """Note a file as finished and give it its name, in that order: a file has a note or is not there."""
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with self._lock, self._log.open("ab") as log:
-            log.write(entry.line())
-        os.replace(temporary, target)
+        """Note a file as finished and give it its name, in that order: a file has a note or is not there.
+
+        Raises:
+            OSError: Something is in the way, or nothing may be written there.
+            Closed: Too late.
+        """
+        with self._lock:
+            self.check()
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with self._log.open("ab") as log:
+                log.write(entry.line())
+            os.replace(temporary, target)
 
     def forget(self) -> None:
         """Drop the notes, which the manifest holds now."""
@@ -72,7 +104,7 @@ class Part:
 
     def __init__(self, state: State, found: Found) -> None:
         """Look at what is there of a file."""
-        self.found = found
+        self.found, self._state = found, state
         self.file = state.temporary(found.path, ".part")
         self._journal = state.temporary(found.path, ".journal")
         self._lock = threading.Lock()
@@ -114,7 +146,8 @@ class Part:
         return have
 
     def put(self, begin: int, data: bytes) -> bool:
-        """Keep a piece; return whether it was the last one."""
+        """Keep a piece; return whether it was the last one; raises ``Closed`` where it is too late."""
+        self._state.check()
         with self._lock:
             if not self._begun:
                 self._begin()
@@ -151,6 +184,7 @@ def held(folder: Path, say: Callable[[str], None]) -> Iterator[State]:
     """
     path = folder / FOLDER / "lock"
     try:
+        made = [each for each in (folder, *folder.parents) if not each.exists()]
         lock = _taken(path, lambda: say(f"another process is fetching into {folder}: waiting for it"))
     except OSError as fault:
         reason = (fault.strerror or str(fault)).lower()
@@ -162,7 +196,8 @@ def held(folder: Path, say: Callable[[str], None]) -> Iterator[State]:
         with suppress(OSError):
             if {each.name for each in state.folder.iterdir()} == {"lock"}:
                 path.unlink()
-                state.folder.rmdir()
+                for each in (state.folder, *made):  # of a folder that nothing came into, nothing is left
+                    each.rmdir()
         os.close(lock)
 
 
@@ -188,3 +223,86 @@ def _taken(path: Path, wait: Callable[[], None]) -> int:
             if os.path.samestat(os.fstat(lock), path.stat()):
                 return lock
         os.close(lock)
+
+
+_USED: dict[Path, int] = {}
+"""Locks of the copies that this process uses, open until it ends, and until its forks end."""
+
+_ONE = threading.Lock()
+
+
+def use(folder: Path, refresh: Callable[[], None], say: Callable[[str], None]) -> None:
+    """Bring a copy in the cache up to date where nobody uses it; it stays so while this process lives.
+
+    A copy that this process or another one uses stays as it is. Who comes while another process fetches it
+    waits until that has ended, and has the same. None waits for those that use it, so none waits for ever.
+
+    Args:
+        folder: The copy; its lock lies beside it.
+        refresh: Makes it complete, or raises; called by one process at a time.
+        say: Told of a wait, and of a copy that is not refreshed.
+
+    Raises:
+        ImgtoolError: The cache cannot be written and holds no complete copy.
+    """
+    path = folder.with_name(LOCK)
+    with _ONE:
+        if path in _USED:
+            if _complete(folder):
+                return
+            os.close(_USED.pop(path))  # somebody has cleared the cache
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
+        except OSError as fault:
+            reason = (fault.strerror or str(fault)).lower()
+            if not _complete(folder):
+                what = f"cannot write {path.parent}: {reason}"
+                raise ImgtoolError(what, "IMGTOOL_CACHE names another folder for copies") from None
+            say(f"the copy cannot be refreshed: {reason}")
+            return
+        try:
+            _settle(lock, folder, refresh, say)
+        except BaseException:
+            os.close(lock)
+            raise
+        _USED[path] = lock
+
+
+def _complete(folder: Path) -> bool:
+    head = manifest.head(folder)
+    return head is not None and head.complete
+
+
+def _settle(lock: int, folder: Path, refresh: Callable[[], None], say: Callable[[str], None]) -> None:
+    """Return with the lock shared and the copy complete."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: two processes at once are left to their users
+        return refresh()
+    waited = False
+    while True:
+        if _locked(lock, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            refresh()
+            # A lock that is changed is given back for a moment, in which another process may refresh too.
+            fcntl.flock(lock, fcntl.LOCK_SH)
+        elif not _locked(lock, fcntl.LOCK_SH | fcntl.LOCK_NB):
+            say(f"another process is fetching into {folder}: waiting for it")
+            waited = True
+            fcntl.flock(lock, fcntl.LOCK_SH)
+        elif not waited and _complete(folder):
+            say("another process uses the copy: it is not refreshed")
+        if _complete(folder):
+            return None
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        time.sleep(random.uniform(0.01, 0.1))  # else two could share it, and neither have it alone
+
+
+def _locked(lock: int, how: int) -> bool:
+    import fcntl
+
+    try:
+        fcntl.flock(lock, how)
+    except BlockingIOError:
+        return False
+    return True

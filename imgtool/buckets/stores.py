@@ -6,14 +6,18 @@ import importlib
 import importlib.util
 import mimetypes
 import re
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
+from datetime import datetime, timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 from imgtool import files
 from imgtool.buckets import Found, Interrupted, Offline, account, manifest
+from imgtool.buckets.client import Client
+from imgtool.buckets.patience import patiently
 from imgtool.errors import USAGE, ImgtoolError
 
 RETRIES = 5
@@ -24,6 +28,8 @@ _CHUNK = 1 << 16
 
 _BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _MD5 = re.compile(r'"([0-9a-f]{32})"')
+_PARTS = re.compile(r'"([0-9a-f]{32}-[1-9]\d{0,4})"')
+_ODD = re.compile(r'invalid path: [^"]*Path "(.*?)"', re.DOTALL)
 _CODE = re.compile(r"<Code>(\w+)</Code>")
 _PASSING = re.compile(r"status: (408|429|5\d\d)|kind: (Connect|Timeout|Interrupted|Request|Unknown),")
 _REFUSED = re.compile(r"status: 40[13]\b")
@@ -57,6 +63,9 @@ class Store:
     """A folder of a bucket, or a single object: a ``Place``.
 
     An object whose name ends in a slash is no file but how some tools draw a folder: it is left out.
+
+    Of an object that Google put together from others no MD5 is told, and obstore does not hand on the CRC32C
+    that is: only its size is checked, and that it did not change meanwhile.
     """
 
     def __init__(self, scheme: str, bucket: str, path: str) -> None:
@@ -126,10 +135,57 @@ class Store:
             pages = self._patient.list(self.prefix or None, chunk_size=1000)
             rows = [_found(row, row["path"][cut:]) for page in pages for row in page]
         except _faults() as fault:
+            odd = _ODD.search(str(fault))
+            if odd:
+                return self._rows_with(odd[1])
             raise self._explain(
                 fault, f"{self.scheme}://{self.bucket}/{self.prefix}", passing=False
             ) from None
         return self._without_drawn([found for found in rows if found.path])
+
+    def _rows_with(self, odd: str) -> Files:
+        """List what obstore refuses to for the sake of one name, such as "a//b"."""
+        cut = len(self.prefix) + 1 if self.prefix else 0
+        try:
+            rows = list(self._told())
+        except LookupError:
+            what = f"{self.scheme}://{self.bucket}/{odd} is no path, and obstore lists nothing beside it"
+            hint = (
+                "rename that object, name a folder without it, or sign in by keys, not by a role or account"
+            )
+            raise ImgtoolError(what, hint) from None
+        return [
+            _found(row, row["path"][cut:]) for row in rows if row["size"] or not row["path"].endswith("/")
+        ]
+
+    def _told(self) -> Iterator[dict[str, Any]]:
+        """Give the objects as the store's own XML tells them (ListObjectsV2)."""
+        client, more = Client(), {"list-type": "2"} | ({"prefix": f"{self.prefix}/"} if self.prefix else {})
+        while True:
+            config = self._options[0]
+            address, headers = account.listing(self.scheme, self.bucket, config, more)
+            page = ElementTree.fromstring(patiently(lambda: self._page(client, address, headers)))  # noqa: B023
+            for each in page.iterfind("{*}Contents"):
+                told = {
+                    name: each.findtext(f"{{*}}{name}", "")
+                    for name in ("Key", "ETag", "LastModified", "Size")
+                }
+                yield {
+                    "path": told["Key"],
+                    "size": int(told["Size"]),
+                    "e_tag": told["ETag"],
+                    "last_modified": datetime.fromisoformat(told["LastModified"]),
+                }
+            token = page.findtext("{*}NextContinuationToken")
+            if not token:
+                return
+            more["continuation-token"] = token
+
+    def _page(self, client: Client, address: str, headers: dict[str, str]) -> bytes:
+        with client.ask("GET", address, headers) as reply:
+            if reply.status != 200:
+                raise reply.refusal(f"{self.scheme}://{self.bucket}/{self.prefix}")
+            return reply.read()
 
     def _without_drawn(self, rows: Files) -> Files:
         """Leave out empty objects that stand for folders; their names come without the slash at the end."""
@@ -190,7 +246,12 @@ class Store:
         return self.read(found, 0, found.size) if found.size >= 0 else self._get(found, {})
 
     def write(self, source: Path, path: str) -> None:
-        """Send a file of this machine, to a path below; a large one goes in parts and appears when whole."""
+        """Send a file of this machine, to a path below; a large one goes in parts and appears when whole.
+
+        Raises:
+            Interrupted: The connection broke, or the server was too busy: sending again may help.
+            ImgtoolError: There is no such file; no permission.
+        """
         kind = mimetypes.guess_type(path)[0] or "application/octet-stream"
         try:
             source.stat()
@@ -199,7 +260,7 @@ class Store:
         try:
             self._patient.put(self._key(path), source, attributes={"Content-Type": kind})
         except _faults() as fault:
-            raise self._explain(fault, self.url(path), passing=False, verb="write") from None
+            raise self._explain(fault, self.url(path), verb="write") from None
 
     def _explain(
         self, fault: Exception, url: str, passing: bool = True, verb: str = "read"
@@ -267,6 +328,6 @@ def _reason(text: str) -> str:
 
 def _found(row: Any, path: str) -> Found:
     tag = row["e_tag"] or ""
-    md5 = _MD5.fullmatch(tag)
-    digests = (("etag-md5", md5[1]),) if md5 else ()
-    return Found(path, row["size"], tag or f"{row['last_modified'].isoformat()} {row['size']}", digests)
+    whole, parts = _MD5.fullmatch(tag), _PARTS.fullmatch(tag)
+    told = (("etag-md5", whole[1]),) if whole else (("etag-parts", parts[1]),) if parts else ()
+    return Found(path, row["size"], tag or f"{row['last_modified'].isoformat()} {row['size']}", told)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 import threading
 from collections import Counter
@@ -10,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 from urllib.parse import quote, unquote, urldefrag, urljoin, urlsplit
 
 from imgtool.buckets import Found, Interrupted, Place, manifest
@@ -25,7 +26,8 @@ MOST = 1_000_000
 
 _THREADS = 16
 _PAGE = 1 << 26
-_SUMS = ("sha256", "md5")
+_MANIFEST = 1 << 28
+_SUMS = {"sha256": 64, "md5": 32}
 
 
 def open(text: str) -> Place:
@@ -89,9 +91,12 @@ class Remote:
         return self._from_copy(found, begin, end)
 
     def _exactly(self, reply: Reply, found: Found, begin: int, end: int) -> bytes:
-        said = reply.headers.get("Content-Range", f"bytes {begin}-")
+        asked = f"bytes {begin}-{end - 1}/"
+        said = reply.headers.get("Content-Range", asked)
+        if not said.startswith(asked):
+            raise Interrupted(f"{self.url(found.path)} sent {said} for {asked}")
         data = reply.read()
-        if not said.startswith(f"bytes {begin}-") or len(data) != end - begin:
+        if len(data) != end - begin:
             raise Interrupted(f"{self.url(found.path)} sent {len(data)} bytes of {end - begin}")
         return data
 
@@ -222,7 +227,8 @@ class Site(Remote):
                 if urlsplit(reply.url).path.endswith("/"):
                     return path + "/"
                 if reply.status in (200, 206):
-                    return Found(path, reply.size, reply.tag)
+                    # Pages that are made when they are asked for have 0 in the answer to HEAD.
+                    return Found(path, reply.size or (-1 if method == "HEAD" else 0), reply.tag)
                 if reply.status in (404, 410):
                     return None
                 refusal = reply if method == "GET" else None
@@ -234,22 +240,22 @@ class Site(Remote):
         return Found(path)
 
     def _manifest(self) -> Sequence[Found] | None:
-        """Return what a manifest in the folder lists; None where there is none."""
+        """Return what a manifest in the folder lists; None where there is none, or what is none.
+
+        Raises:
+            ImgtoolError: It names a path that leads out of the folder.
+        """
         with self.client.ask("GET", self.address(manifest.NAME), self.headers) as reply:
             if reply.status != 200:
                 return None
-            lines = reply.read().decode(errors="replace").splitlines()
-        try:
-            rows = [json.loads(line) for line in lines if line.strip()]
-        except json.JSONDecodeError:  # a page that is shown in place of what is not there
-            return None
-        files = [row for row in rows if isinstance(row, dict) and "path" in row and "size" in row]
-        for row in files:
-            if not safe(str(row["path"])):
+            text = reply.read(_MANIFEST)
+        rows = _rows(text) if len(text) <= _MANIFEST else None
+        for found in rows or []:
+            if not safe(found.path):
                 raise ImgtoolError(
-                    f"{self.url(manifest.NAME)} names {row['path']!r}", "it is not to be trusted"
+                    f"{self.url(manifest.NAME)} names {found.path!r}", "it is not to be trusted"
                 )
-        return [_of_row(row) for row in files]
+        return rows
 
     # --- index pages ---
 
@@ -285,8 +291,11 @@ class Site(Remote):
             if "html" not in reply.headers.get("Content-Type", ""):
                 return []
             root = urljoin(reply.url, ".").partition("?")[0]
+            text = reply.read(_PAGE)
+            if len(text) > _PAGE:
+                raise ImgtoolError(f"{self.url(folder)} is too long for a list of files", "name a file")
             page = _Links()
-            page.feed(reply.read().decode(errors="replace"))
+            page.feed(text.decode(errors="replace"))
         return {folder + path for href in page.found if (path := _below(root, reply.url, href))}
 
 
@@ -319,7 +328,25 @@ def _below(root: str, page: str, href: str) -> str:
     return path if safe(path.removesuffix("/")) else ""
 
 
-def _of_row(row: dict[str, object]) -> Found:
-    sums = tuple((name, str(row[name])) for name in _SUMS if row.get(name))
-    tag = dict(sums).get("sha256") or str(row.get("tag") or "")
-    return Found(str(row["path"]), int(str(row["size"])), tag and f"manifest:{tag}", sums)
+def _rows(text: bytes) -> list[Found] | None:
+    """Return what a manifest lists; None where a text is no manifest, or not the whole of one."""
+    try:
+        head, *rows = [json.loads(line) for line in text.split(b"\n") if line.strip()]
+        if "url" not in head or not head.get("date", True) or head["files"] != len(rows):
+            return None  # without a date, somebody is changing the folder
+        found = [_of_row(row) for row in rows]
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        return None
+    return found if len({each.path for each in found}) == len(found) else None
+
+
+def _of_row(row: dict[str, Any]) -> Found:
+    """Return what a line tells of a file; raises ``ValueError``, ``TypeError`` or ``LookupError``."""
+    path, size, tag = row["path"], row["size"], row.get("tag", "")
+    if type(size) is not int or size < 0 or not isinstance(path, str) or not isinstance(tag, str):
+        raise ValueError(row)
+    sums = {name: str(row[name]).lower() for name in _SUMS if row.get(name) is not None}
+    if not all(re.fullmatch(f"[0-9a-f]{{{_SUMS[name]}}}", value) for name, value in sums.items()):
+        raise ValueError(row)
+    tag = sums.get("sha256") or tag
+    return Found(path, size, tag and f"manifest:{tag}", tuple(sums.items()))

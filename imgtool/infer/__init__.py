@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from types import FrameType
+from typing import TYPE_CHECKING, NoReturn
 
 from imgtool import files, header
 from imgtool.engine import Engine
@@ -71,8 +72,9 @@ def run(engine: Engine, settings: Infer, console: Console) -> int:
     Raises:
         ImgtoolError: For what concerns all inputs: nothing found, unknown weights or device, a table,
             page or archive that exists.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; what was done until then is written.
     """
-    with _travelling(settings) as (settings, transit):
+    with _stoppable(), _travelling(settings, console) as (settings, transit):
         listed = jobs(engine, settings, transit)
         engine.check(settings)
         shard = _spread(engine, settings, listed)
@@ -90,8 +92,11 @@ def run(engine: Engine, settings: Infer, console: Console) -> int:
         if not batch.jobs:
             console.say(f"part {settings.shard}: none of the {len(listed)} photos is in it")
             return DONE
-        batch.open_books()
-        return _run(batch)
+        try:
+            batch.open_books()
+            return _run(batch)
+        finally:
+            batch.close()
 
 
 def _run(batch: Batch) -> int:
@@ -106,17 +111,49 @@ def _run(batch: Batch) -> int:
     try:
         with console.progress(len(batch.jobs), f"infer {batch.engine.name}") as bar:
             batch.go(bar)
+    except KeyboardInterrupt:
+        if len(batch.jobs) > 1:
+            console.say(batch.left())
+        raise
     finally:  # a batch that is interrupted has its page too, of what was done
         if settings.report and batch.entries:
             batch.write_page(settings.report / PAGE)
-        batch.close()
+    batch.close()
     if settings.zip and batch.made:
         batch.write_archive(settings.zip)
     return batch.verdict()
 
 
 @contextmanager
-def _travelling(settings: Infer) -> Iterator[tuple[Infer, Transit | None]]:
+def _stoppable() -> Iterator[None]:
+    """Have SIGTERM, by which batch systems end a job, do what Ctrl-C does; further ones change nothing.
+
+    Where somebody else has said what it does, and outside the main thread, it does that.
+    """
+    import signal
+    import threading
+
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    ):
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        # Some send it twice: to the process, and to its group.
+        signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@contextmanager
+def _travelling(settings: Infer, console: Console | None = None) -> Iterator[tuple[Infer, Transit | None]]:
     """Give the settings, of which ``out`` is a place of this machine, and what goes between here and URLs."""
     words = [*settings.inputs, *([settings.out] if settings.out else [])]
     if not any(":/" in word for word in words):
@@ -143,7 +180,10 @@ def _travelling(settings: Infer) -> Iterator[tuple[Infer, Transit | None]]:
             settings = settings.model_copy(update={"out": transit.local(names.url(settings.out))})
         yield settings, transit
     finally:
-        transit.close()
+        left = transit.close()
+        if left and console:
+            many = "1 file was" if len(left) == 1 else f"{len(left)} files were"
+            console.warn(f"{many} not sent: what is left is in {transit.plan.spool}")
 
 
 def _part(listed: Sequence[Job], shard: Shard | None) -> Sequence[Job]:

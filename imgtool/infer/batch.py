@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 AHEAD = 8
 """Photos that are fetched before it is their turn."""
 
+EVERY = 30.0
+"""Seconds after which the table and the manifest are sent to where they belong, as far as they have come."""
+
 
 @dataclass
 class Batch:
@@ -37,6 +41,9 @@ class Batch:
         work: What is done to one input.
         shard: Which part it is, None for the whole.
         manifest: Where each input is noted as it begins and ends.
+        made: Inputs whose output is there: what an archive holds.
+        ended: How many inputs are done or left out.
+        unwritten: Why the table or the manifest is not where it belongs.
     """
 
     console: Console
@@ -51,8 +58,13 @@ class Batch:
     failures: list[tuple[str, ImgtoolError]] = field(default_factory=list)
     entries: list[report.Entry] = field(default_factory=list)
     made: list[Job] = field(default_factory=list)
+    ended: int = 0
+    unwritten: list[ImgtoolError] = field(default_factory=list)
     _unsaved: str = ""
     _next: float = 0.0
+    _send_at: float = field(default_factory=lambda: time.monotonic() + EVERY)
+    _closed: bool = False
+    _open: dict[Job, Order] = field(default_factory=dict)
 
     @property
     def engine(self) -> Engine:
@@ -86,13 +98,31 @@ class Batch:
             self._take_back(path)
             self.table.load()
 
-    def _take_back(self, path: Path) -> None:
-        """Fetch what an earlier run sent, so that it is gone on with."""
-        if self.work.transit and path in self.work.transit.sent():
-            from imgtool import buckets
+    def _take_back(self, path: Path) -> bool:
+        """Fetch what an earlier run sent, such as a table to go on with; tell whether it was fetched."""
+        transit = self.work.transit
+        if transit is None or path.exists() or path not in transit.sent():
+            return False
+        from imgtool import buckets
+        from imgtool.buckets.patience import patiently
 
-            place = buckets.open(self.work.transit.shown(path))
-            files.write(path, place.whole(place.list()[0]))
+        url = transit.shown(path)
+        place = buckets.open(url)
+        found = place.list()
+        if not found:
+            raise ImgtoolError(f"no such file: {url}", "it may have been removed since it was listed")
+        files.write(path, patiently(lambda: place.whole(found[0])))
+        return True
+
+    @contextmanager
+    def _taken_back(self, path: Path | None) -> Iterator[None]:
+        """Have an output that an earlier run sent here while it is read."""
+        fetched = path is not None and self._take_back(path)
+        try:
+            yield
+        finally:
+            if path and fetched:
+                path.unlink(missing_ok=True)
 
     def open_manifest(self) -> None:
         """Begin or go on with the manifest, where there is a folder that holds it.
@@ -109,18 +139,61 @@ class Batch:
         if self.manifest and self.table and self.settings.skip_existing:
             known = {plain(job.item.name): job.place for job in self.jobs if job.place}
             for name, row in self.manifest.rows.items():
-                if name in known:
-                    self.table.rows.setdefault(self.names[known[name]], row)
+                if name in known and self.names[known[name]] not in self.table.rows:
+                    self._unsaved = self.names[known[name]]
+                    self.table.rows[self._unsaved] = row
 
     def close(self) -> None:
-        """Write the rest of the table, close the manifest, and send both to where they belong."""
+        """Write the rest of the table, close the manifest, and send both to where they belong, once.
+
+        What fails is said, keeps nothing else from being tried, and is part of the verdict.
+        """
+        if self._closed:
+            return
+        self._closed = True
         if self.table and self._unsaved:
-            self.table.add(self._unsaved, self.table.rows[self._unsaved])
+            self._try(partial(self.table.add, self._unsaved, self.table.rows[self._unsaved]))
         if self.manifest:
-            self.manifest.close()
-        whole = [self.table.path if self.table else None, self.manifest.path if self.manifest else None]
-        if self.work.transit:
-            self.work.transit.send([path for path in whole if path and path.exists()])
+            self._try(self.manifest.close)
+        transit = self.work.transit
+        if transit is None:
+            return
+        for path in self._books():
+            self._try(partial(transit.send, [path]))
+        for path in (path for order in self._open.values() for path in order.written):
+            if transit.shown(path) != str(path):  # it was on its way, and will be made again
+                path.unlink(missing_ok=True)
+
+    def _try(self, step: Callable[[], None]) -> None:
+        try:
+            step()
+        except ImgtoolError as fault:
+            self.unwritten.append(fault)
+            self.console.error(fault)
+            self.console.result({"error": fault.what, "hint": fault.hint})
+
+    def _books(self) -> list[Path]:
+        """Return the files of the table and the manifest, of those that are there."""
+        books = (self.table, self.manifest)
+        return [each.path for each in books if each and each.path.exists()]
+
+    def _send_on(self) -> None:
+        """Send the table and the manifest as far as they have come, now and then: who is killed has them."""
+        transit = self.work.transit
+        if transit is None or time.monotonic() < self._send_at:
+            return
+        from imgtool import buckets
+
+        for path in self._books():
+            url = transit.shown(path)
+            if url == str(path):
+                continue
+            above, _, name = url.rpartition("/")
+            try:
+                buckets.open(above).write(path, name)
+            except (ImgtoolError, buckets.Interrupted) as fault:
+                self.console.detail(f"{fault}; it is tried again")
+        self._send_at = time.monotonic() + EVERY
 
     def go(self, bar: Bar) -> None:
         """Process every input, after a look at all of them where the engine wants one."""
@@ -142,7 +215,15 @@ class Batch:
     def _fetch_ahead(self, number: int) -> None:
         if self.work.transit:
             coming = self.jobs[:AHEAD] if number == 0 else self.jobs[number + AHEAD - 1 : number + AHEAD]
-            self.work.transit.ahead([job.item for job in coming if not self._is_done(job)])
+            self.work.transit.ahead([job.item for job in coming if self._is_wanted(job)])
+
+    def _is_wanted(self, job: Job) -> bool:
+        """Tell whether an input is to be worked on: neither left out nor refused."""
+        try:
+            self._check(self.places.order(job))
+        except ImgtoolError:
+            return False
+        return not self._is_done(job)
 
     def _survey(self, bar: Bar) -> Sequence[object]:
         """Let the engine look at every photo, also at those whose output is there already."""
@@ -182,7 +263,8 @@ class Batch:
         if self.admitted(order, bar, known):
             self.begun(order)
             try:
-                outcome = self.work.do(order, known, bar, partial(self.keep, order.job))
+                put = partial(self.made.append, order.job)
+                outcome = self.work.do(order, known, bar, partial(self.keep, order.job), put)
             except ImgtoolError as fault:
                 self.failed(order, fault)
             else:
@@ -221,18 +303,21 @@ class Batch:
 
     def begun(self, order: Order, worker: str = "") -> None:
         """Note that an input's files may be written from now on."""
+        self._open[order.job] = order
         self._note(order, {"status": "begun", "worker": worker})
 
     def done(self, order: Order, outcome: Outcome, worker: str = "") -> None:
         """Note and say what was made of an input."""
         record = outcome.record
-        self.made.append(order.job)
+        self._open.pop(order.job, None)
+        self.ended += 1
         if outcome.entry:
             self.entries.append(outcome.entry)
         more = {"row": outcome.row} if self.table else {}
         told = {"seconds": record["seconds"], "facts": record["facts"]}
         self._note(order, {"status": "done", "worker": worker, **told, **more})
         self.console.result(record, outcome.line)
+        self._send_on()
 
     def keep(self, job: Job, row: Mapping[str, object]) -> None:
         """Put a photo's row into the table, where there is one.
@@ -263,6 +348,7 @@ class Batch:
         there = f"{target} exists" if target else "its files exist"
         self.console.say(f"{item.name}: {there}, left out{note}")
         self.made.append(order.job)
+        self.ended += 1
         if self.settings.report and item.source and (target or self.engine.open):
             self._shown_again(order, bar, known)
 
@@ -275,7 +361,8 @@ class Batch:
 
         item, target, work = order.job.item, order.job.target, self.work
         before, facts = work.opened(item), {"left out": "it was there already"}
-        after = images.read(target).pixels if target else None
+        with self._taken_back(target):
+            after = images.read(target).pixels if target else None
         if self.engine.open:
             result = self.engine.apply(work.net, before, self.settings, work.watch(order, bar, True), *known)
             before, after = result.before or before, result.image if after is None else after
@@ -294,6 +381,7 @@ class Batch:
             begun: Whether some of its files may have been written.
         """
         name = order.job.item.name
+        self._open.pop(order.job, None)
         self.failures.append((name, fault))
         told = {"error": fault.what, "hint": fault.hint}
         self._note(order, {"status": "failed", "worker": worker, **told, "begun": begun})
@@ -301,6 +389,7 @@ class Batch:
         self.console.result({"input": name, **told})
         if self.settings.report:
             self.entries.append(report.failed(name, fault.what, fault.hint))
+        self._send_on()
 
     def write_page(self, page: Path) -> None:
         """Write the page of the report, of what was done and what failed."""
@@ -327,10 +416,15 @@ class Batch:
         outputs.archive(path, members)
         self.console.say(f"archive: {path}, {len(members)} files")
 
+    def left(self) -> str:
+        """Return how far an interrupted batch came, and how it goes on."""
+        goes_on = ": the same command with --skip-existing goes on" if self.names else ""
+        return f"{self.ended} of {len(self.jobs)} photos are done{goes_on}"
+
     def verdict(self) -> int:
         """Say what failed, all together at the end of a batch, and return the exit code."""
         if not self.failures:
-            return DONE
+            return FAILED if self.unwritten else DONE
         if len(self.jobs) == 1:
             return self.failures[0][1].code
         self.console.say(f"{len(self.failures)} of {len(self.jobs)} failed:")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -92,16 +92,19 @@ def _items(
         return files.expand(settings.inputs, suffixes, engine.name, endings)
     from imgtool import names
 
-    found: dict[Path | None, files.Item] = {}
+    found: list[files.Item] = []
     for text in settings.inputs:
-        if names.is_url(text):
-            own = [*(f"-{engine.name}{more}" for more in ("", *files.SHEETS)), *endings]
-            items = files.without_own(transit.items(names.url(text), suffixes), own)
-        else:
-            items = files.expand([text], suffixes, engine.name, endings)
-        for item in items:
-            found.setdefault(item.source.resolve() if item.source else None, item)
-    return list(found.values())
+        is_url = names.is_url(text)
+        found += transit.items(names.url(text), suffixes) if is_url else files.expand([text], suffixes)
+    # One photo of two inputs may lie in two places here: its URL tells that it is one.
+    called = [replace(item, source=Path(names.public(item.url))) if item.url else item for item in found]
+    own = [*(f"-{engine.name}{more}" for more in ("", *files.SHEETS)), *endings]
+    kept = set(map(id, files.without_own(called, own)))
+    unique: dict[object, files.Item] = {}
+    for item, name in zip(found, called, strict=True):
+        if id(name) in kept:
+            unique.setdefault(item.url or (item.source and item.source.resolve()), item)
+    return list(unique.values())
 
 
 def _without_drawn(items: list[files.Item], engine: Engine) -> list[files.Item]:

@@ -74,6 +74,10 @@ def silent(text: str) -> None:
     """Say nothing."""
 
 
+def unnoted() -> None:
+    """Note nothing."""
+
+
 @dataclass
 class Work:
     """One network, and what is done with it to one input.
@@ -113,7 +117,12 @@ class Work:
             self.net = loading.network(self.engine, self.weights, self.settings, self.voice.say)
 
     def do(
-        self, order: Order, known: Collection[object], bar: Bar, kept: Callable[[Mapping[str, object]], None]
+        self,
+        order: Order,
+        known: Collection[object],
+        bar: Bar,
+        kept: Callable[[Mapping[str, object]], None],
+        put: Callable[[], None] = unnoted,
     ) -> Outcome:
         """Process one input and write what is made of it; files that exist are overwritten.
 
@@ -122,6 +131,7 @@ class Work:
             known: What a survey found of it, if there was one.
             bar: Told how many tiles are finished.
             kept: Given the photo's row before any file is written.
+            put: Called when the output is written, with all beside it but pictures of before and after.
 
         Raises:
             ImgtoolError: What is wrong with the input, or with the place of an output.
@@ -136,6 +146,7 @@ class Work:
             kept(result.row)
             photo: Photo = result.before or opened
             untouched = self._put(photo, result, order)
+            put()
             record = self._record(job, result, time.monotonic() - began, untouched)
             entry = self._picture(job, photo, result)
             self._send(order)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from imgtool import runtime
+from imgtool import names, places, runtime
 from imgtool.console import Bar
 from imgtool.errors import ImgtoolError
 from imgtool.infer.batch import Batch
@@ -22,6 +22,7 @@ from imgtool.infer.work import Outcome
 from imgtool.runner import cluster, processes
 from imgtool.runner.dealer import Dealer, Pool
 from imgtool.runner.worker import Brief
+from imgtool.settings import Infer
 
 EVERY = 10.0
 """Seconds between lines that tell how far it is, where no bar is drawn."""
@@ -51,7 +52,7 @@ def run(batch: Batch) -> int:
             if orders and not batch.stopped:
                 _deal(books, orders)
     except KeyboardInterrupt:
-        console.say(books.left())
+        console.say(batch.left())
         raise
     finally:
         books.sweep()
@@ -78,7 +79,7 @@ def _deal(books: Books, orders: Sequence[Order]) -> None:
         at_once = False
     finally:
         books.ended_at = time.monotonic()
-        books.dead += [order for hand in dealer.hands for order in hand.orders]
+        books.dead += [dealt.order for hand in dealer.hands for dealt in hand.orders]
         pool.close(at_once)
 
 
@@ -88,14 +89,28 @@ def _pool(books: Books, workers: int, threads: int) -> tuple[Pool, int, int]:
     def brief() -> Brief:
         plan = batch.work.transit.plan if batch.work.transit else None
         settings = batch.settings.model_copy(update={"threads": threads})
-        return Brief(batch.engine.name, settings, batch.work.total, os.getcwd(), plan)
+        return Brief(
+            batch.engine.name, settings, batch.work.total, os.getcwd(), plan, copies=copies_of(settings)
+        )
 
     if batch.settings.runner == "ray":
         ours, workers, threads = cluster.connect(workers, threads)
-        return cluster.Cluster(brief(), ours), workers, threads
+        return cluster.Cluster(brief(), ours, batch.console.say), workers, threads
     cores = runtime.cores()
     workers, threads = cluster.sizes(workers, threads, cores, cores)
     return processes.Processes(brief()), workers, threads
+
+
+def copies_of(settings: Infer) -> dict[str, str]:
+    """Return the settings that name copies of URLs in the cache of this machine, and the URLs."""
+    read = type(settings).model_fields.keys() - {*places.WRITTEN, "inputs"}
+    values = {name: getattr(settings, name) for name in read}
+    found = {
+        name: names.shown(os.path.abspath(value))
+        for name, value in values.items()
+        if value and isinstance(value, str | Path)
+    }
+    return {name: url for name, url in found.items() if names.is_url(url)}
 
 
 @dataclass
@@ -118,6 +133,7 @@ class Books:
     began: float = field(default_factory=time.monotonic)
     ended_at: float = 0.0
     _told_at: float = field(default_factory=time.monotonic)
+    _told: str = ""
     _leftovers: set[Path] = field(default_factory=set)
 
     def admitted(self, order: Order) -> bool:
@@ -148,8 +164,8 @@ class Books:
 
     def lost(self, worker: str, orders: Sequence[Order], reason: str) -> None:
         """Say that a worker died; remember what it may have left half written."""
-        self._leftovers |= {path for order in orders[:1] for path in _temporary(order)}
-        again = f": {len(orders)} photos are dealt again" if orders else ""
+        self._leftovers |= _temporary(orders)
+        again = f": {len(orders)} photos are dealt again" if orders and not self.batch.stopped else ""
         self.batch.console.say(f"the worker {worker or '(as it started)'} died ({reason}){again}")
 
     def words(self, words: Sequence[tuple[str, str]]) -> None:
@@ -164,7 +180,9 @@ class Books:
         self.bar.update(speed)
         if now - self._told_at >= EVERY and not self.batch.console.live:
             self._told_at = now
-            self.batch.console.say(f"{self.counts.total()} of {len(self.batch.jobs)}: {speed}")
+            told, self._told = self._told, f"{self.counts.total()} of {len(self.batch.jobs)}: {speed}"
+            if told != self._told:
+                self.batch.console.say(self._told)
 
     def _speed(self, now: float) -> float:
         """Return photos per second since all workers were ready."""
@@ -195,19 +213,12 @@ class Books:
             f"{found['start_up_seconds']:.1f} s of start-up: {found['images_per_second']:.1f} images/s"
         )
 
-    def left(self) -> str:
-        """Return how far an interrupted batch came, and how it goes on."""
-        done = self.counts["done"] + self.counts["left out"]
-        goes_on = ": the same command with --skip-existing goes on" if self.batch.names else ""
-        return f"{done} of {len(self.batch.jobs)} photos are done{goes_on}"
-
     def sweep(self) -> None:
         """Remove what workers that died left half written: nobody who lives writes it any more.
 
         Into the folder of a part of a batch other parts write as well: there only what is old goes.
         """
-        found = {path for order in self.dead for path in _temporary(order)}
-        for path in self._leftovers | found:
+        for path in self._leftovers | _temporary(self.dead):
             try:
                 if not self.batch.shard or time.time() - path.stat().st_mtime > STALE:
                     path.unlink()
@@ -215,7 +226,7 @@ class Books:
                 continue
 
 
-def _temporary(order: Order) -> set[Path]:
-    """Return the temporary files in the folders that a photo's work writes into."""
-    folders = {path.parent for path in order.written}
+def _temporary(orders: Sequence[Order]) -> set[Path]:
+    """Return the temporary files in the folders that the work on photos writes into."""
+    folders = {path.parent for order in orders for path in order.written}
     return {path for folder in folders for path in folder.glob(".imgtool-*") if path.is_file()}

@@ -6,23 +6,37 @@ import importlib
 import importlib.util
 import logging
 import os
+import signal
 import socket
+import sys
+import threading
+import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from imgtool import runtime
 from imgtool.errors import USAGE, ImgtoolError
-from imgtool.infer.listing import Order
 from imgtool.runner.dealer import Hand, Lost, News
-from imgtool.runner.worker import Brief, Worker
+from imgtool.runner.worker import Brief, Dealt, Worker
 
 STORE = 100_000_000
 """Bytes of Ray's shared memory in a cluster of our own: photos do not pass through it."""
 
+TOKEN = "RAY_AUTH_MODE=token with RAY_AUTH_TOKEN if it wants a token"
+"""What a cluster that does not let us in may miss."""
+
+GRACE = 5.0
+"""Seconds that idle actors have to tidy up."""
+
 PATIENCE = 10.0
 """Seconds in which a cluster has to answer."""
+
+CROWDED = 20.0
+"""Seconds for which actors may wait for a place before it is said."""
 
 MANY = 8
 """Actors of which several are likely to have answered: asking costs about a millisecond."""
@@ -50,8 +64,10 @@ def connect(workers: int, threads: int) -> tuple[bool, int, int]:
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    ray: Any = importlib.import_module("ray")
     address = os.environ.get("RAY_ADDRESS") or "local"
+    if address != "local" and "ray" not in sys.modules:
+        _identify()
+    ray: Any = importlib.import_module("ray")
     ours = not ray.is_initialized()
     if ours and address == "local":
         workers, threads = sizes(workers, threads, runtime.cores(), runtime.cores())
@@ -65,16 +81,54 @@ def connect(workers: int, threads: int) -> tuple[bool, int, int]:
     return ours, *sizes(workers, threads, sum(cores), min(cores))
 
 
+def _identify() -> None:
+    """Have Ray, which listens only before it is imported, show its token.
+
+    A cluster asks for a token wherever ``ray start`` found one; who joins it shows one only if told to.
+    """
+    tokens = (os.environ.get("RAY_AUTH_TOKEN_PATH"), "~/.ray/auth_token")
+    files = (Path(path).expanduser() for path in tokens if path)
+    if os.environ.get("RAY_AUTH_TOKEN") or any(path.is_file() for path in files):
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
+@contextmanager
+def _tame() -> Iterator[None]:
+    """Keep Ray from what it does unasked: to write to standard error, and to exit at SIGTERM."""
+    handler = signal.getsignal(signal.SIGTERM)
+    sys.stderr.flush()
+    screen, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(screen, 2)
+        os.close(screen)
+        os.close(nowhere)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
+
+
 def _begin(ray: Any, address: str, **options: Any) -> None:
     host, _, port = address.rpartition(":")
     try:
         if port.isdigit() and "/" not in host:  # Ray itself would try for more than a minute
             socket.create_connection((host.strip("[]"), int(port)), PATIENCE).close()
-        ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **options)
+        with _tame():
+            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False, **options)
     except (ConnectionError, RuntimeError, ValueError, OSError) as fault:
         first = (str(fault).strip().splitlines() or [type(fault).__name__])[0]
         what = "Ray does not start" if address == "local" else f"no Ray cluster at {address}"
-        raise ImgtoolError(f"{what}: {first}", "check RAY_ADDRESS, or take --runner processes") from None
+        hint = f"check RAY_ADDRESS, set {TOKEN}" if address != "local" else "see its logs in /tmp/ray"
+        raise ImgtoolError(f"{what}: {first}", f"{hint}, or take --runner processes") from None
+
+
+def _doubt() -> str:
+    """Return what may be wrong where actors die as they start: a cluster without tokens takes none."""
+    joined = os.environ.get("RAY_ADDRESS") not in (None, "", "local")
+    if not joined or os.environ.get("RAY_AUTH_MODE") != "token":
+        return ""
+    return "; if the cluster asks for no token, set RAY_AUTH_MODE=disabled"
 
 
 def sizes(workers: int, threads: int, cores: int, largest: int) -> tuple[int, int]:
@@ -95,11 +149,21 @@ def sizes(workers: int, threads: int, cores: int, largest: int) -> tuple[int, in
 
 @dataclass
 class Cluster:
-    """Starts actors, each with as many CPUs as it has threads, and a GPU where the settings name CUDA."""
+    """Starts actors, each with as many CPUs as it has threads, and a GPU where the settings name CUDA.
+
+    Attributes:
+        brief: What each is told.
+        ours: Whether the connection is ours to end.
+        say: Told, once, that actors wait for a place.
+        running: The actor of each hand, and the answers that are awaited.
+        placed: Answers that come as soon as an actor has a place, and since when they are awaited.
+    """
 
     brief: Brief
     ours: bool
+    say: Callable[[str], None]
     running: dict[Hand, tuple[Any, deque[Any]]] = field(default_factory=dict)
+    placed: dict[Any, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Take Ray, which is imported."""
@@ -116,13 +180,14 @@ class Cluster:
         """Begin to start an actor; where the cluster has no room for it, it starts when there is."""
         hand = Hand()
         actor = self.actor.remote(self.brief)
+        self.placed[actor.__ray_ready__.remote()] = time.monotonic()
         self.running[hand] = actor, deque([actor.start.remote()])
         return hand
 
-    def call(self, hand: Hand, more: Sequence[Order]) -> None:
+    def call(self, hand: Hand, more: Sequence[Dealt], most: int) -> None:
         """Send a call; that an actor has died is among the news."""
         actor, answers = self.running[hand]
-        answers.append(actor.do.remote(more))
+        answers.append(actor.do.remote(more, most))
 
     def news(self, seconds: float) -> list[News]:
         """Return the oldest answer, or the end, of each actor that has one."""
@@ -130,9 +195,22 @@ class Cluster:
         if not hands:
             return []
         ready, _ = self.ray.wait([*hands], num_returns=1, timeout=seconds)
+        if self.placed and time.monotonic() - min(self.placed.values()) > CROWDED:
+            self._tell_of_crowd()
         if len(hands) > MANY:  # one by one, the last of them would wait
             ready, _ = self.ray.wait([*hands], num_returns=len(hands), timeout=0)
         return [(hands[answer], self._heard(hands[answer], answer)) for answer in ready]
+
+    def _tell_of_crowd(self) -> None:
+        _, waiting = self.ray.wait([*self.placed], num_returns=len(self.placed), timeout=0)
+        self.placed = {answer: self.placed[answer] for answer in waiting}
+        if any(time.monotonic() - since > CROWDED for since in self.placed.values()):
+            self.placed.clear()
+            cpus = self.brief.settings.threads
+            self.say(
+                f"{len(waiting)} of {len(self.running)} workers wait for room in the Ray cluster, "
+                f"{cpus} CPU{'s' * (cpus > 1)} each"
+            )
 
     def _heard(self, hand: Hand, answer: Any) -> Any:
         try:
@@ -142,12 +220,15 @@ class Cluster:
         except self.ray.exceptions.RayError as fault:
             actor, _ = self.running.pop(hand)
             self.ray.kill(actor)  # one that only cannot be reached must not go on
-            return Lost(type(fault).__name__)
+            return Lost(type(fault).__name__ + _doubt() * (not hand.worker))
         self.running[hand][1].popleft()
         return found
 
     def close(self, at_once: bool) -> None:
-        """End the actors, and the cluster that is ours."""
+        """End the actors, and the cluster that is ours; idle ones leave nothing on machines of their own."""
+        if self.brief.plan and self.running and not at_once:
+            ended = [actor.close.remote() for actor, _ in self.running.values()]
+            self.ray.wait(ended, num_returns=len(ended), timeout=GRACE)
         for actor, _ in self.running.values():
             self.ray.kill(actor)
         self.running.clear()

@@ -6,10 +6,12 @@ import json
 import os
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import cache
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from imgtool import files
+from imgtool import files, names
 from imgtool.console import plain
 from imgtool.errors import ImgtoolError
 
@@ -24,16 +26,16 @@ def name(part: str) -> str:
 
 
 class Manifest:
-    """A file with one JSON object a line, which is only ever added to: the last line of a photo counts.
+    """A file with one JSON object a line, which is only ever added to; one batch at a time holds it.
 
     Keys: ``input``, ``output`` (None where no picture is written), ``status``, ``worker`` (host and process),
     and as they apply ``error``, ``hint``, ``begun``, ``seconds``, ``facts``, ``row`` (of the engine's table).
     The status is "begun" as soon as a photo's files may be written, and when it ends "done", "failed" (with
-    ``begun`` where some of them may be there) or "left out" (its output was there).
+    ``begun`` where some of them may be there) or "left out" (its output was there). What has begun stays so
+    until it is done, however often it fails before it begins.
 
     Attributes:
         path: The file.
-        earlier: What earlier runs wrote last of each photo.
         rows: Photo to row of the table, as earlier runs found it.
     """
 
@@ -41,27 +43,55 @@ class Manifest:
         """Read what is there, and open the file for more.
 
         Raises:
-            ImgtoolError: It cannot be read or written.
+            ImgtoolError: It cannot be read or written, or another batch holds it.
         """
         self.path = path
-        self.earlier: dict[str, dict[str, Any]] = {}
         self.rows: dict[str, dict[str, Any]] = {}
-        torn = False
-        if path.exists():
-            lines = [line for line in files.json_lines(path) if "input" in line]
-            self.earlier = {line["input"]: line for line in lines}
-            self.rows = {line["input"]: line["row"] for line in lines if line.get("row")}
-            torn = not files.read(path).endswith(b"\n")
+        self._begun: set[str] = set()
+        _resolved.cache_clear()
         self._file = self._opened()
-        if torn:
-            self._file.write(b"\n")
+        try:
+            self._take_up()
+        except BaseException:
+            self._file.close()
+            raise
 
-    def _opened(self) -> BinaryIO:
+    def _take_up(self) -> None:
+        """Read what earlier runs wrote, and end a line that the last one did not."""
+        self._hold()
+        for line in files.json_lines(self.path):
+            if not isinstance(line.get("input"), str):
+                continue
+            if line.get("row"):
+                self.rows[line["input"]] = line["row"]
+            if line.get("status") == "begun" or line.get("begun"):
+                self._begun.add(_known_as(line["input"]))
+            elif line.get("status") == "done":
+                self._begun.discard(_known_as(line["input"]))
+        size = self._file.seek(0, os.SEEK_END)
+        if size:
+            self._file.seek(size - 1)
+            if self._file.read(1) != b"\n":
+                self._write(b"\n")
+
+    def _opened(self) -> FileIO:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            return self.path.open("ab", buffering=0)
+            return self.path.open("a+b", buffering=0)
         except OSError as fault:
             raise self._unwritable(fault) from None
+
+    def _hold(self) -> None:
+        """Keep other batches out until the file is closed, or the process is gone."""
+        try:
+            import fcntl
+
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            what = f"another batch writes into {self.path.parent}"
+            raise ImgtoolError(what, "wait until it has ended, or choose another folder with -o") from None
+        except (ImportError, OSError):  # Windows, or a file system without locks
+            return
 
     def _unwritable(self, fault: OSError) -> ImgtoolError:
         return ImgtoolError(
@@ -75,18 +105,36 @@ class Manifest:
         Raises:
             ImgtoolError: The disk is full, ...
         """
+        self._write(json.dumps(plain(record), allow_nan=False).encode() + b"\n")
+
+    def _write(self, data: bytes) -> None:
         try:
-            self._file.write(json.dumps(plain(record), allow_nan=False).encode() + b"\n")
+            self._file.write(data)
         except OSError as fault:
             raise self._unwritable(fault) from None
 
     def broken(self, item: files.Item) -> bool:
-        """Tell whether earlier work on an input began and did not succeed: its files are not all there."""
-        last = self.earlier.get(plain(item.name), {})
-        return last.get("status") == "begun" or bool(last.get("begun"))
+        """Tell whether earlier work on an input began and did not succeed: its files are not all there.
+
+        It is the same input by whatever path it is named.
+        """
+        return _known_as(plain(item.name)) in self._begun
 
     def close(self) -> None:
         """Have the file on the disk, and close it."""
         with suppress(OSError):  # a file system without it has done what it can
             os.fsync(self._file.fileno())
         self._file.close()
+
+
+def _known_as(name: str) -> str:
+    """Return a URL as it is, or the one path of a file of many names."""
+    if names.is_url(name):
+        return name
+    folder, last = os.path.split(name)
+    return os.path.join(_resolved(os.path.abspath(folder)), last)
+
+
+@cache
+def _resolved(folder: str) -> str:
+    return os.path.realpath(folder)

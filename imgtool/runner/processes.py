@@ -14,9 +14,8 @@ from multiprocessing.context import SpawnProcess
 from types import FrameType
 from typing import NoReturn
 
-from imgtool.infer.listing import Order
 from imgtool.runner.dealer import Hand, Lost, News
-from imgtool.runner.worker import Brief, Reply, Worker
+from imgtool.runner.worker import Brief, Dealt, Reply, Worker
 
 GRACE = 5.0
 """Seconds that a process has to end by itself."""
@@ -40,10 +39,10 @@ class Processes:
         self.running[hand] = process, ours
         return hand
 
-    def call(self, hand: Hand, more: Sequence[Order]) -> None:
+    def call(self, hand: Hand, more: Sequence[Dealt], most: int) -> None:
         """Send a call; that a process has died is among the news."""
         with suppress(OSError):
-            self.running[hand][1].send(more)
+            self.running[hand][1].send((more, most))
 
     def news(self, seconds: float) -> list[News]:
         """Return an answer, or the end, of each process that has one."""
@@ -51,11 +50,11 @@ class Processes:
         pipes = [pipe for _, pipe in self.running.values()]
         return [(hands[pipe], self._heard(hands[pipe])) for pipe in wait(pipes, seconds)]
 
-    def _heard(self, hand: Hand) -> Reply | Lost:
+    def _heard(self, hand: Hand) -> Sequence[Reply] | Lost:
         process, pipe = self.running[hand]
         try:
-            reply: Reply = pipe.recv()
-            return reply
+            replies: Sequence[Reply] = pipe.recv()
+            return replies
         except (EOFError, OSError):  # nobody holds the other end
             del self.running[hand]
             pipe.close()
@@ -87,7 +86,7 @@ def serve(pipe: Connection, brief: Brief, parent: int) -> None:
     """Answer calls until the pipe is closed or the process at its other end is gone.
 
     Args:
-        pipe: Lists of photos come in, a reply for each goes out.
+        pipe: What ``Worker.do`` takes comes in, its replies go out.
         brief: What is to be done.
         parent: The process at the other end.
     """
@@ -97,10 +96,10 @@ def serve(pipe: Connection, brief: Brief, parent: int) -> None:
     try:
         pipe.send(worker.start())
         while True:
-            more = pipe.recv()
+            more, most = pipe.recv()
             if os.getppid() != parent:
                 return
-            pipe.send(worker.do(more))
+            pipe.send(worker.do(more, most))
     except (EOFError, OSError):
         return
     finally:

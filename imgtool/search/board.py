@@ -1,7 +1,8 @@
 """What the processes of a search share: a folder of files, on this machine or on a file server.
 
 Nothing is locked: a trial belongs to who could create its file first, which every file system grants one
-process alone. A file that is not touched any more belongs to nobody: its process is dead.
+process alone. A file whose process has ended belongs to nobody: on this machine the process itself tells, of
+another machine a file that is not touched any more.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import secrets
 import socket
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +61,8 @@ class Board:
     def _beat(self) -> None:
         while not self._over.wait(BEAT):
             for path in list(self._held.values()):
-                _touch(path)
+                with suppress(OSError):  # a file server that is gone for a while
+                    _touch(path)
 
     # --- trials ---
 
@@ -94,7 +97,8 @@ class Board:
         path, before = self._latest(name)
         if before is not None and not self._abandoned(before):
             return False
-        if not _create(path, json.dumps({"host": _HOST, "pid": os.getpid(), "token": _TOKEN})):
+        owner = {"host": _HOST, "pid": os.getpid(), "born": _born(os.getpid()), "token": _TOKEN}
+        if not _create(path, json.dumps(owner)):
             return False
         self._held[name] = path
         return True
@@ -123,7 +127,9 @@ class Board:
             owner = {}
         if owner.get("free"):
             return True
-        return (owner.get("host") == _HOST and not _lives(owner)) or self._age(path) > STALE
+        if owner.get("host") == _HOST and os.name == "posix":  # it may have slept, and not touched its files
+            return not _lives(owner)
+        return self._age(path) > STALE
 
     def _age(self, path: Path) -> float:
         """Return seconds since a file was touched, by the clock of the one who keeps the files."""
@@ -158,7 +164,22 @@ class Board:
 
 
 def _create(path: Path, text: str) -> bool:
-    """Write a file unless there is one; tell whether it was written."""
+    """Write a file, whole, unless there is one; tell whether it was written."""
+    blank = path.with_name(f".{path.name}-{_TOKEN}")
+    try:
+        blank.write_text(text, encoding="ascii")
+        os.link(blank, path)
+    except FileExistsError:
+        return False
+    except OSError:
+        return _create_here(path, text)
+    finally:
+        blank.unlink(missing_ok=True)
+    return True
+
+
+def _create_here(path: Path, text: str) -> bool:
+    """Do the same on a file system without links, where a killed process may leave the file empty."""
     try:
         with path.open("x", encoding="ascii") as file:
             file.write(text)
@@ -176,12 +197,20 @@ def _lives(owner: Row) -> bool:
     """Tell whether the process that claimed something on this machine still runs."""
     if owner["pid"] == os.getpid():
         return bool(owner["token"] == _TOKEN)
-    if os.name != "posix":
-        return True
     try:
         os.kill(owner["pid"], 0)
     except ProcessLookupError:
         return False
     except PermissionError:
-        return True
-    return True
+        pass
+    return owner.get("born", "") in ("", _born(owner["pid"]))  # another process may have got its number
+
+
+def _born(pid: int) -> str:
+    """Return when a process of this machine began, "" where the system does not tell; proc(5), starttime."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2]
+    except OSError:
+        return ""
+    return f"{boot} {fields.split()[19]}"

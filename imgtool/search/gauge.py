@@ -34,6 +34,10 @@ class Unfit(ImgtoolError):
     """There is no such network: its settings contradict each other."""
 
 
+class Unmeasured(ImgtoolError):
+    """This one network could not be measured: it was too slow, or its process was killed."""
+
+
 def structure(engine: Engine, settings: Settings) -> dict[str, Any]:
     """Return what shapes the network that settings of a training make."""
     return {name: getattr(settings, name) for name in engine.model.model_fields}
@@ -49,7 +53,7 @@ def measured(engine: str, net: Mapping[str, Any], max_ms: float) -> Cost:
 
     Raises:
         Unfit: There is no such network.
-        ImgtoolError: The process ended without an answer.
+        Unmeasured: The process ended without an answer.
     """
     order = json.dumps({"engine": engine, "net": net, "max_ms": max_ms})
     try:
@@ -60,11 +64,11 @@ def measured(engine: str, net: Mapping[str, Any], max_ms: float) -> Cost:
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         what, hint = f"measuring took more than {PATIENCE} s", "a --max-ms ends sooner what is too slow"
-        raise ImgtoolError(what, hint) from None
+        raise Unmeasured(what, hint) from None
     if done.returncode:
         said = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "")
-        what = f"measuring ended with code {done.returncode}: {said}"
-        raise ImgtoolError(what, "a killed process lacked memory: make the space smaller")
+        what = f"measuring ended with code {done.returncode}" + f": {said}" * bool(said)
+        raise Unmeasured(what, "a killed process lacked memory: begin anew with a smaller --space")
     answer = json.loads(done.stdout.splitlines()[-1])
     if "error" in answer:
         raise Unfit(answer["error"], answer["hint"])

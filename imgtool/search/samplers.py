@@ -115,6 +115,8 @@ class Ax:
             self._client.configure_optimization(f"{metric}, -cpu_ms", outcome_constraints=limits)
             self._client.configure_generation_strategy(
                 initialization_budget=RANDOM,
+                min_observed_initialization_trials=RANDOM,
+                allow_exceeding_initialization_budget=True,  # what was not trained does not count
                 initialization_random_seed=question.seed + known,
                 initialize_with_center=False,
             )
@@ -140,6 +142,9 @@ class Ax:
             if row["status"] in ("trained", "repeated"):
                 scores = {self._question.metric: row["score"], "cpu_ms": row["cpu_ms"]}
                 self._client.complete_trial(index, scores)
+            elif row["cpu_ms"] is not None and row["measured"]:  # Ax learns of costs from these as well
+                self._client.attach_data(index, {"cpu_ms": row["cpu_ms"]})
+                self._client.mark_trial_early_stopped(index)
             else:
                 self._client.mark_trial_abandoned(index)
 

@@ -1,7 +1,8 @@
 """Records of a run elsewhere than in its folder: TensorBoard, MLflow, Weights & Biases.
 
-The run folder stays the truth; what a tracker is told can be told again. Training never waits for a
-tracker, and never ends because of one: what a tracker does not take is tried again, and then said.
+The run folder stays the truth; what a tracker is told can be told again. No step waits for a tracker, and
+no training ends because of one: what a tracker does not take is tried again, and then said. When a training
+has ended, it waits about a minute at most for what is still to be sent.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from imgtool.engine import Engine
 from imgtool.errors import USAGE, ImgtoolError
 from imgtool.settings import Train
+from imgtool.track import address
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -89,8 +91,8 @@ def check(settings: Train) -> None:
     """Refuse what no tracker can do, before anything is written.
 
     Raises:
-        ImgtoolError: Code 2: settings of a tracker without one, a package that is missing, a place that the
-            tracker does not record into, a name that no registered model may have.
+        ImgtoolError: Code 2: settings of a tracker without one, a password in the place, a package that is
+            missing, a place that the tracker does not record into, a name that no registered model may have.
     """
     kind: str = settings.track
     if not kind:
@@ -99,6 +101,7 @@ def check(settings: Train) -> None:
                 what = f"{flag} is for a tracker, and there is none"
                 raise ImgtoolError(what, "add --track mlflow, or another one", USAGE)
         return
+    _check_secret(settings.track_to)
     for module in NEEDS[kind]:
         if importlib.util.find_spec(module) is None:
             lacking = "" if module == kind else f" with {module}"
@@ -111,6 +114,16 @@ def check(settings: Train) -> None:
     if settings.register_as and not re.fullmatch(NAME, settings.register_as):
         what = f"--register {settings.register_as}: no name of a model"
         raise ImgtoolError(what, "letters, digits and . _ - are possible", USAGE)
+
+
+def _check_secret(place: str) -> None:
+    if address.has_password(place):
+        what = "--track-to holds a password, which the run folder would keep"
+        hint = (
+            "set MLFLOW_TRACKING_URI to that address instead, or MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD: their passwords are not recorded"
+        )
+        raise ImgtoolError(what, hint, USAGE)
 
 
 def _check_place(kind: str, place: str) -> None:

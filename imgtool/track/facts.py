@@ -1,4 +1,4 @@
-"""What a run depends on besides its settings: code, machine, packages."""
+"""What a run depends on besides its settings: this version, machine, packages, and where it was begun."""
 
 from __future__ import annotations
 
@@ -8,22 +8,25 @@ from importlib import metadata
 from pathlib import Path
 
 import imgtool
-from imgtool.settings import Bench, Train
+from imgtool import machine
+from imgtool.settings import Train
 
-OF_FIGURES = ("omp_wait_policy", "load")
-"""What only figures of speed depend on."""
+COMMIT, DIRTY = "working_directory_git_commit", "working_directory_git_dirty"
 
 
 def commit(folder: Path) -> dict[str, str]:
-    """Return "git_commit" and "git_dirty" ("true" where tracked files differ) of a folder's repository.
+    """Return the commit of a folder's repository, and whether tracked files differ: "true", "false".
+
+    Args:
+        folder: The working directory: its repository may have nothing to do with this package.
 
     Returns:
-        {} where there is no repository, no commit, or no git.
+        By the names ``COMMIT`` and ``DIRTY``; {} where there is no repository, no commit, or no git.
     """
     found = [_git(folder, *words) for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "-uno"))]
     if found[0] is None or found[1] is None:
         return {}
-    return {"git_commit": found[0].strip(), "git_dirty": "true" if found[1].strip() else "false"}
+    return {COMMIT: found[0].strip(), DIRTY: "true" if found[1].strip() else "false"}
 
 
 def _git(folder: Path, *words: str) -> str | None:
@@ -43,11 +46,7 @@ def packages() -> list[str]:
 
 
 def environment(settings: Train) -> Mapping[str, str]:
-    """Return version, commit and machine of a run: name to text."""
-    from imgtool.bench import environment as machine
-
-    told = machine(Bench(device=settings.device, threads=settings.threads))
+    """Return version, working directory's commit and machine of a run: name to text."""
+    told = machine.facts(settings.device, settings.threads)
     facts = {"imgtool": imgtool.__version__, **commit(Path.cwd())}
-    return facts | {
-        name: str(value) for name, value in told.items() if value is not None and name not in OF_FIGURES
-    }
+    return facts | {name: str(value) for name, value in told.items() if value is not None}

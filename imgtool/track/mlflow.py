@@ -13,6 +13,8 @@ from typing import Any
 
 import imgtool
 from imgtool.errors import ImgtoolError
+from imgtool.track.address import public
+from imgtool.track.facts import COMMIT
 from imgtool.track.package import Package
 from imgtool.track.recorder import line
 from imgtool.track.sink import About, Row, Status
@@ -29,6 +31,7 @@ SURROUNDINGS = {
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     # The recorder tries again by itself, and does not wait for it.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
 }
 """Variables that are set where the user has not set them."""
 CHATTY = ("mlflow", "alembic", "urllib3.connectionpool")
@@ -47,7 +50,7 @@ def open_sink(about: About) -> MLflow:
         ImgtoolError: The store or the server does not answer, or refuses.
     """
     given = about.settings.track_to or os.environ.get(ADDRESS, "") or STORE
-    place = about.before.get("to") or absolute(given)
+    place = _again(absolute(given), about.before.get("to", ""))
     for name, value in SURROUNDINGS.items():
         os.environ.setdefault(name, value)
     try:
@@ -61,7 +64,7 @@ def open_sink(about: About) -> MLflow:
         hint = "is the server running, and the address right?"
         if place.startswith(SQLITE):
             hint = "name a file that can be written: --track-to sqlite:///FOLDER/mlflow.db"
-        raise ImgtoolError(f"MLflow cannot record into {shown(place)}: {line(fault)}", hint) from None
+        raise ImgtoolError(f"MLflow cannot record into {public(place)}: {line(fault)}", hint) from None
 
 
 def absolute(place: str) -> str:
@@ -75,15 +78,9 @@ def absolute(place: str) -> str:
     return SQLITE + os.path.abspath(os.path.expanduser(place.removeprefix(SQLITE)))
 
 
-def shown(place: str) -> str:
-    """Return an address without the password that may be in it.
-
-    >>> shown("postgresql://me:secret@host/runs"), shown("sqlite:///runs/mlflow.db")
-    ('postgresql://***@host/runs', 'sqlite:///runs/mlflow.db')
-    """
-    scheme, mark, rest = place.partition("://")
-    _, at, host = rest.rpartition("@")
-    return f"{scheme}{mark}***@{host}" if at else place
+def _again(place: str, before: str) -> str:
+    """Return where a run goes on: as before, with the user and the password that are given now."""
+    return place if not before or public(before) == public(place) else before
 
 
 def _file_of(place: str) -> Path:
@@ -114,13 +111,13 @@ class MLflow:
         self._entities = importlib.import_module("mlflow.entities")
         self._experiment = self._find_experiment(about.experiment)
         self._run, self._model = self._go_on() or self._begin(), ""
-        self.memory = {"run": self._run, "to": place}
+        self.memory = {"run": self._run, "to": public(place)}
         if place.startswith("http"):
-            self.where = f"{shown(place)}/#/experiments/{self._experiment}/runs/{self._run}"
+            self.where = f"{public(place)}/#/experiments/{self._experiment}/runs/{self._run}"
         else:
             self.where = (
                 f"run {about.name} of {about.experiment}; see it by: "
-                f"mlflow ui --backend-store-uri {shown(given)}  (by pip install mlflow)"
+                f"mlflow ui --backend-store-uri {public(given)}  (by pip install mlflow)"
             )
 
     def _find_experiment(self, name: str) -> str:
@@ -150,7 +147,7 @@ class MLflow:
             "mlflow.source.name": f"imgtool train {about.engine.name}",
             "mlflow.source.type": "LOCAL",
             **({"group": about.group} if about.group else {}),
-            **({"mlflow.source.git.commit": c} if (c := about.facts.get("git_commit")) else {}),
+            **({"mlflow.source.git.commit": c} if (c := about.facts.get(COMMIT)) else {}),
         }
         run = self._client.create_run(self._experiment, tags=dict(_cut(tags)), run_name=about.name)
         found = str(run.info.run_id)

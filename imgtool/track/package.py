@@ -19,6 +19,7 @@ from imgtool.errors import ImgtoolError
 from imgtool.header import Weights
 from imgtool.port import axis_of, length
 from imgtool.settings import make
+from imgtool.track import facts
 from imgtool.track.sink import About
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ class Package:
         weights = checkpoint.read_weights(path, about.engine.name)
         card = {name: value for name, value in weights.header.items() if name != "train"}
         card |= {"epoch": best.get("epoch"), "run": about.name}
-        card |= {name: about.facts[name] for name in ("git_commit", "git_dirty") if name in about.facts}
+        card |= {name: about.facts[name] for name in (facts.COMMIT, facts.DIRTY) if name in about.facts}
         if not graph:
             return cls(path, card)
         try:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 import re
+import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,7 @@ from imgtool.engine import Engine
 from imgtool.errors import ImgtoolError
 from imgtool.settings import Train
 from imgtool.track import TITLES, facts
+from imgtool.track.address import redacted
 from imgtool.track.sink import About, Row, Sink, Status
 
 if TYPE_CHECKING:
@@ -24,8 +27,12 @@ if TYPE_CHECKING:
 
     Waiting = tuple[int, float, Mapping[str, Tensor | float]]
 
+Job = Callable[[], object]
+
 MEMORY = "track.json"
 """Of a run folder: tracker to what it calls the run, and how far it was told."""
+MANY = "campaign.json"
+"""Marks a folder of many runs."""
 EVERY = 100
 """Steps whose numbers are sent together."""
 TRIES = 5
@@ -34,6 +41,10 @@ FAULTS, LAST_FAULTS = 12, 3
 """Faults in a row with which a tracker is given up; the same when the run has ended."""
 LONGEST_PAUSE = 30.0
 """Seconds between two tries at most; the first pause is 1 s, each next one twice as long."""
+PATIENCE = 60.0
+"""Seconds that a run which has ended waits at most, and one more for each 10^6 bytes of a model."""
+LOOK, SOON = 0.1, 2.0
+"""Seconds from look to look while it waits, and after which it says so."""
 LONGEST_LINE = 200
 """Letters of a fault that are told."""
 ENDING_FILES = ("settings.toml", "log.jsonl")
@@ -44,10 +55,8 @@ ENDING_FILES = ("settings.toml", "log.jsonl")
 
 def about(engine: Engine, settings: Train, folder: Path) -> About:
     """Return what a tracker is told of a run as it begins."""
-    from imgtool.train.crew import CAMPAIGN
-
     place = folder.resolve()
-    group = place.parent.name if (place.parent / CAMPAIGN).exists() else ""
+    group = place.parent.name if (place.parent / MANY).exists() else ""
     before = remembered(folder).get(settings.track, {}) if settings.resume else {}
     if settings.track_to != before.get("given", settings.track_to):
         before = {}
@@ -125,41 +134,59 @@ def of_epoch(row: Mapping[str, Any]) -> dict[str, float]:
 
 
 class Post:
-    """Does jobs in a thread of its own, in order; one that fails goes behind the others, and is tried again.
+    """Does jobs in a thread of its own, in order; one that fails is tried again.
 
     Attributes:
         fault: What last went wrong, in a line; "" while nothing did.
         lost: Jobs that were given up.
+        dead: Whether all were, and all to come.
     """
 
-    def __init__(self, second: float = 1.0) -> None:
+    def __init__(self, second: float = 1.0, *, in_order: bool = False) -> None:
         """Begin, with nothing to do.
 
         Args:
             second: What pauses are counted in, in seconds.
+            in_order: Whether the others wait for a job that failed; else it goes behind them.
         """
-        self.fault, self.lost = "", 0
-        self._second = second
-        self._jobs: deque[tuple[Callable[[], object], int]] = deque()
-        self._news, self._ending, self._dead = threading.Condition(), threading.Event(), False
+        self.fault, self.lost, self.dead = "", 0, False
+        self._second, self._in_order = second, in_order
+        self._jobs: deque[tuple[Job, int]] = deque()
+        self._last: Job | None = None
+        self._news, self._ending = threading.Condition(), threading.Event()
         self._thread = threading.Thread(target=self._work, name="imgtool-track", daemon=True)
         self._thread.start()
 
-    def put(self, job: Callable[[], object]) -> None:
+    def put(self, job: Job) -> None:
         """Have a job done, some time."""
         with self._news:
-            if self._dead:
+            if self.dead:
                 self.lost += 1
                 return
             self._jobs.append((job, 0))
             self._news.notify()
 
-    def end(self) -> None:
-        """Wait until all is done or given up."""
+    def end(self, last: Job | None = None) -> None:
+        """Have all come to an end.
+
+        Args:
+            last: A job to do once when all others are done, unless all were given up.
+        """
+        self._last = last
         self._ending.set()
         with self._news:
             self._news.notify()
-        self._thread.join()
+
+    def ended(self, seconds: float) -> bool:
+        """Wait for the end, at most so long; tell whether it has come."""
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+    def leave(self, why: str) -> None:
+        """Give up all that is not done; what is being done is left to itself."""
+        self.fault = self.fault or why
+        self._give_up()
+        self.lost += 1
 
     def _work(self) -> None:
         row = 0
@@ -176,20 +203,23 @@ class Post:
                 self._pause(row)
             else:
                 row = 0
+        self._end()
 
-    def _next(self) -> tuple[Callable[[], object], int] | None:
+    def _next(self) -> tuple[Job, int] | None:
         with self._news:
             while not self._jobs and not self._ending.is_set():
                 self._news.wait()
             return self._jobs.popleft() if self._jobs else None
 
-    def _failed(self, job: Callable[[], object], tries: int, fault: Exception) -> None:
+    def _failed(self, job: Job, tries: int, fault: Exception) -> None:
         with self._news:
             self.fault = line(fault)
-            if tries < TRIES:
-                self._jobs.append((job, tries))
-            else:
+            if tries >= TRIES or self.dead:
                 self.lost += 1
+            elif self._in_order:
+                self._jobs.appendleft((job, tries))
+            else:
+                self._jobs.append((job, tries))
 
     def _pause(self, row: int) -> None:
         """Wait before the next try: longer from fault to fault, but not much once the run has ended."""
@@ -202,18 +232,53 @@ class Post:
         with self._news:
             self.lost += len(self._jobs)
             self._jobs.clear()
-            self._dead = True
+            self.dead = True
+
+    def _end(self) -> None:
+        if self._last is None or self.dead:
+            return
+        try:
+            self._last()
+        except Exception as fault:  # noqa: BLE001 - as above
+            self.fault, self.lost = line(fault), self.lost + 1
 
 
 def line(fault: BaseException) -> str:
-    """Return what a fault says, in one line that is not too long: where the system refused, its words."""
+    """Return what a fault says, in one line that is not too long: where the system refused, its words.
+
+    Addresses in it have no user and no password.
+    """
     inner: BaseException | None = fault
     while inner is not None:
         if isinstance(inner, OSError) and inner.strerror:
-            return inner.strerror
+            return redacted(inner.strerror)
         inner = inner.__cause__ or inner.__context__
-    words = " ".join(str(fault).split()) or type(fault).__name__
+    words = redacted(" ".join(str(fault).split())) or type(fault).__name__
     return words if len(words) <= LONGEST_LINE else words[:LONGEST_LINE] + " ..."
+
+
+@contextmanager
+def hearing() -> Iterator[list[int]]:
+    """Gather SIGINT and SIGTERM while the block runs; the first then goes to who heard them before.
+
+    Yields:
+        Those that came; [] for ever where this is not the main thread.
+    """
+    came: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield came
+        return
+    before = {
+        number: signal.signal(number, lambda which, _: came.append(which))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield came
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+    for which in came[:1]:
+        signal.raise_signal(which)
 
 
 class Recorder:
@@ -232,12 +297,16 @@ class Recorder:
         """
         self._sink, self._about, self._say = sink, about, say
         self._title = TITLES[about.settings.track]
-        self._post = post or Post()
+        self._post = post or Post(in_order=sink.rewinds)
         self._waiting: list[Waiting] = []
         before = about.before if about.before.get("run") == sink.memory["run"] else {}
         self._memory: dict[str, Any] = {**before, **sink.memory, "given": about.settings.track_to}
         self._told = {name: int(before.get(name, 0)) for name in ("step", "epoch")}
-        self._resumed, self._warned, self._words = bool(self._told["step"]), False, ""
+        self._sent = dict(self._told)
+        self._open: dict[str, list[int]] = {name: [] for name in self._told}
+        self._resumed, self._back = bool(before) and sink.rewinds, 0
+        self._warned, self._words = False, ""
+        self._patience = PATIENCE
         self._best: tuple[Path, Mapping[str, Any]] | None = None
         self._remember({})
         say(f"{self._title}: {sink.where}")
@@ -250,6 +319,7 @@ class Recorder:
             name: value if isinstance(value, float | int) else value.detach()
             for name, value in values.items()
         }
+        self._begin_at(step)
         self._waiting.append((step, time.time(), kept))
         if len(self._waiting) >= EVERY:
             self._flush()
@@ -262,7 +332,12 @@ class Recorder:
     def picture(self, path: Path, step: int) -> None:
         """Send a picture; of one that is written again and again, the newest may be what arrives."""
         tag = path.relative_to(self._about.folder).as_posix()
-        self._post.put(lambda: self._sink.picture(path, tag, step))
+
+        def job() -> None:
+            self._sink.picture(path, tag, step)
+            self._remember({})
+
+        self._put(job)
 
     def model(self, weights: Path, best: Mapping[str, Any]) -> None:
         """Keep in mind what to send in the end."""
@@ -271,19 +346,20 @@ class Recorder:
     # --- the end ---
 
     def end(self, status: Status) -> None:
-        """Send what waits, the files and the best weights, and end the record."""
-        self._flush()
-        for name in ENDING_FILES:
-            path = self._about.folder / name
-            if path.exists():
-                self._post.put(lambda path=path: self._sink.file(path))  # type: ignore[misc]
-        if self._best is not None:
-            self._send_model(*self._best)
-        self._post.end()
-        try:
-            self._sink.close(status)
-        except Exception as fault:  # noqa: BLE001 - the training has ended: it must not fail for this
-            self._post.fault, self._post.lost = line(fault), self._post.lost + 1
+        """Send what waits, the files and the best weights, and end the record.
+
+        This takes about a minute at most; SIGINT and SIGTERM end it at once.
+        """
+        with hearing() as came:
+            self._flush()
+            for name in ENDING_FILES:
+                path = self._about.folder / name
+                if path.exists():
+                    self._put(lambda path=path: self._sink.file(path))  # type: ignore[misc]
+            if self._best is not None and not self._post.dead:
+                self._send_model(*self._best)
+            self._post.end(lambda: self._close(status))
+            self._wait(came)
         if self._words:
             self._say(f"{self._title}: {self._words}")
         if self._post.lost:
@@ -291,6 +367,22 @@ class Recorder:
                 f"warning: {self._title} lacks a part of this run ({self._post.fault}); "
                 f"all of it is in {self._about.folder}"
             )
+
+    def _close(self, status: Status) -> None:
+        self._sink.close(status)
+        self._remember({})
+
+    def _wait(self, came: Sequence[int]) -> None:
+        """Wait for the post, but not for ever, nor once a signal came."""
+        began, said = time.monotonic(), False
+        while not self._post.ended(LOOK):
+            spent = time.monotonic() - began
+            if came or spent > self._patience:
+                self._post.leave("interrupted" if came else f"it did not answer for {spent:.0f} s")
+                return
+            if spent > SOON and not said:
+                said = True
+                self._say(f"waiting for {self._title}, {self._patience:.0f} s at most; Ctrl-C ends that")
 
     def _send_model(self, weights: Path, best: Mapping[str, Any]) -> None:
         """Send the best weights, unless this very record has them already under that name."""
@@ -300,7 +392,7 @@ class Recorder:
         if self._memory.get("model") == wanted:
             return
         scores = finite(best.get("scores", {}), "best/")
-        self._post.put(lambda: self._sink.numbers([Row(int(best.get("step", 0)), time.time(), scores)]))
+        self._put(lambda: self._sink.numbers([Row(int(best.get("step", 0)), time.time(), scores)]))
         try:
             package = Package.of(self._about, weights, best, graph=self._sink.graphs)
         except ImgtoolError as fault:
@@ -311,7 +403,8 @@ class Recorder:
             self._words = self._sink.model(package)
             self._remember({"model": wanted})
 
-        self._post.put(job)
+        self._patience += weights.stat().st_size / 1e6
+        self._put(job)
 
     # --- sending ---
 
@@ -326,19 +419,38 @@ class Recorder:
         fresh = [row for row in rows if self._sink.rewinds or row.step > self._told[kind]]
         if not fresh:
             return
-        rewind, self._resumed = self._resumed and self._sink.rewinds, False
+        first = fresh[0].step
+        self._open[kind].append(first)
+        self._sent[kind] = fresh[-1].step
 
         def job() -> None:
-            nonlocal rewind
-            if rewind:
-                self._sink.rewind(fresh[0].step)
-                rewind = False
             self._sink.numbers(fresh)
-            self._remember({kind: max(fresh[-1].step, self._memory.get(kind, 0))})
+            self._open[kind].remove(first)
+            self._remember({kind: self._reached(kind)})
+
+        self._put(job)
+
+    def _reached(self, kind: str) -> int:
+        """Return the step up to which all numbers of a kind have arrived."""
+        sent = self._sent[kind]  # before the others are looked at: the loop may add some
+        return min(self._open[kind], default=sent + 1) - 1
+
+    def _begin_at(self, step: int) -> None:
+        """Have a resumed run's record go back to here before it is told anything else."""
+        if self._resumed:
+            self._resumed, self._back = False, step
+
+    def _put(self, work: Job) -> None:
+        def job() -> None:
+            if self._back:
+                self._sink.rewind(self._back)
+                self._back = 0
+            work()
 
         self._post.put(job)
 
     def _remember(self, values: Mapping[str, Any]) -> None:
         self._memory |= {**self._sink.memory, **values}
         told = remembered(self._about.folder) | {self._about.settings.track: self._memory}
-        files.write(self._about.folder / MEMORY, json.dumps(told, indent=2).encode())
+        with suppress(ImgtoolError):  # a full disk: the next time writes this as well
+            files.write(self._about.folder / MEMORY, json.dumps(told, indent=2).encode())

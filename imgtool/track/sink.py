@@ -41,8 +41,8 @@ class About:
         name: What the run is called.
         group: What the runs are called that it is one of, "" for a run of its own.
         experiment: What gathers runs.
-        parameters: Every setting, as text, but where it records to: a password may be in that.
-        facts: Code, machine, packages: name to text.
+        parameters: Every setting, as text, but where it records to.
+        facts: Version, working directory's commit, machine: name to text.
         packages: What is installed, "name==version".
         before: What ``track.json`` says of the record to go on with; {} begins a new one.
     """

@@ -71,7 +71,7 @@ class TensorBoard:
         )
 
     def _first(self, about: About) -> list[Any]:
-        """Return the events that tell settings, code and machine."""
+        """Return the events that tell settings, working directory and machine."""
         api = importlib.import_module("tensorboard.plugins.hparams.summary_v2")
         text = importlib.import_module("tensorboard.plugins.text.summary_v2").text_pb
         chosen = about.settings.model_dump(mode="json", exclude={"resume", "out", *HIDDEN})

@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from imgtool.errors import USAGE, ImgtoolError
+from imgtool.track.facts import COMMIT
 from imgtool.track.package import Package
 from imgtool.track.recorder import line
 from imgtool.track.sink import About, Row, Status
@@ -21,7 +22,7 @@ FOLDER = "runs"
 """wandb makes a folder "wandb" in it."""
 CLOUD = "https://api.wandb.ai"
 OFFLINE = ("offline", "dryrun")
-PATIENCE = 300.0
+PATIENCE = 50.0
 """Seconds that the end of a run waits for what still has to be sent; ``wandb sync`` sends the rest."""
 REGISTRY = "wandb-registry-model"
 """The registry of models that every organisation has."""
@@ -87,7 +88,7 @@ class Wandb:
         before = about.before.get("run")
         settings = self._wandb.Settings(
             silent=True, console="off", save_code=False, disable_git=True, disable_code=True,
-            git_commit=about.facts.get("git_commit"), finish_timeout=PATIENCE,
+            git_commit=about.facts.get(COMMIT), finish_timeout=PATIENCE,
         )  # fmt: skip
         self._run: Any = self._wandb.init(
             project=about.experiment, name=about.name, group=about.group or None, dir=str(to), mode=mode,
@@ -102,6 +103,7 @@ class Wandb:
         self.memory: dict[str, Any] = {"run": str(self._run.id), "to": str(to.resolve()), "rows": rows}
         folder = Path(self._run.dir).parent
         every = folder.with_name(f"offline-run-*-{before}") if before else folder
+        self._logged: set[tuple[int | str, ...]] = set()  # rows of what was told in part
         self.where = f"offline; send it by: wandb sync {_short(every)}" if self._offline else self._run.url
 
     def _log(self, values: Mapping[str, Any]) -> None:
@@ -112,13 +114,18 @@ class Wandb:
         """Do nothing: nothing is taken back."""
 
     def numbers(self, rows: Sequence[Row]) -> None:
-        """Tell numbers; those of the best go into the summary."""
-        for row in rows:
+        """Tell numbers, from the first that was not yet on; those of the best go into the summary."""
+        names: list[tuple[int | str, ...]] = [(row.step, *row.values) for row in rows]
+        for name, row in zip(names, rows, strict=True):
+            if name in self._logged:
+                continue
             best = {name: value for name, value in row.values.items() if name.startswith("best/")}
             if best:
                 self._run.summary.update({**best, "best/step": row.step})
             else:
                 self._log({**row.values, "step": row.step})
+            self._logged.add(name)
+        self._logged.difference_update(names)
 
     def picture(self, path: Path, tag: str, step: int) -> None:
         """Tell a picture; all sheets of samples are one picture that changes."""

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from imgtool import compute, dist, places, repeat, track
+from imgtool import compute, dist, names, places, repeat, track
 from imgtool.engine import Engine
 from imgtool.errors import DONE, USAGE, ImgtoolError
 from imgtool.settings import Train, make, table
@@ -25,6 +25,10 @@ __all__ = [
     "BEST", "CAMPAIGN", "DONE_FILE", "LOG", "SETTINGS", "STATE", "STATES", "Crew", "Loop", "Numbers",
     "Phases", "learning_rate", "plan", "portable", "resumed", "run", "run_folder",
 ]  # fmt: skip
+
+
+SEARCHING = ("space", "sampler", "max_ms", "max_mb", "max_parameters", "parallel")
+"""Settings that a search alone reads; ``parallel`` is for repeated runs, too."""
 
 
 def run_folder(engine: Engine, settings: Train) -> Path:
@@ -86,24 +90,39 @@ def _check_same_network(engine: Engine, begun: Train, wanted: Train) -> None:
 
 def plan(engine: Engine, settings: Train) -> Mapping[str, object]:
     """Return what ``--dry-run`` tells: where it would run, how large, how long, and what it writes."""
+    _check_lone(settings)
+    if names.is_url(settings.resume):
+        return places.plan(settings)
     settings = resumed(engine, settings)
-    if places.urls(settings):
-        return {**places.plan(settings), "output": str(run_folder(engine, settings))}
     track.check(settings)
     _wants_campaign(engine, settings)
     search = searching.plan(engine, settings) if settings.search else {}
     net = engine.build(settings)
-    train, held_out = engine.data(settings)
     return {
         "device": str(compute.device(settings.device)),
         "parameters": sum(p.numel() for p in net.parameters()),
         **({"runs": settings.runs} if settings.runs > 1 else {}),
         "steps": settings.steps,
-        "samples per epoch": len(train),
-        "held-out samples": len(held_out),
+        **(places.plan(settings) if places.urls(settings) else _samples(engine, settings)),
         **search,
-        "output": str(run_folder(engine, settings)),
+        "output": names.url(run_folder(engine, settings)),
     }
+
+
+def _check_lone(settings: Train) -> None:
+    """Refuse flags of a search, or of many runs, where there is neither: they would change nothing."""
+    fields, given = type(settings).model_fields, settings.model_fields_set
+    lone = [name for name in SEARCHING if name in given and getattr(settings, name) != fields[name].default]
+    if settings.search or settings.resume or not lone or (lone == ["parallel"] and settings.runs > 1):
+        return
+    flag = f"--{lone[0].replace('_', '-')}"
+    hint = "add --search N" + (", or --runs N" if lone[0] == "parallel" else "")
+    raise ImgtoolError(f"{flag} is for a search, and there is none", hint, USAGE)
+
+
+def _samples(engine: Engine, settings: Train) -> dict[str, object]:
+    train, held_out = engine.data(settings)
+    return {"samples per epoch": len(train), "held-out samples": len(held_out)}
 
 
 def _wants_campaign(engine: Engine, settings: Train) -> bool:
@@ -132,6 +151,7 @@ def run(engine: Engine, settings: Train, console: Console) -> int:
 def _run(engine: Engine, settings: Train, console: Console) -> int:
     if settings.search and settings.out and (settings.out / searching.SPACE).exists():
         settings = settings.changed(resume=settings.out, out=None)  # somebody began: help with it
+    _check_lone(settings)
     settings = resumed(engine, settings, partial(places.mirrored, console=console))
     track.check(settings)
     folder = run_folder(engine, settings)

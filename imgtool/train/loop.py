@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 import signal
 import threading
 import time
@@ -45,6 +46,8 @@ LOG = "log.jsonl"
 BEST = "best.safetensors"
 TWICE = 3.0
 """Seconds in which torchrun may hand on a signal that all of its processes got as well."""
+RECORDS = ("track", "track_to", "experiment", "register_as")
+"""Settings that say where a run is recorded besides."""
 COUNTERS = ("step", "seconds", "bad", "skipped", "stale", "best")
 STATES = ("net", "ema", "optimiser", "scaler", "random", "sums", *COUNTERS)
 """What the state of a run holds."""
@@ -168,7 +171,8 @@ class Loop:
             setattr(self, name, state[name])
         for name, value in state["sums"].items():
             self.sums[name] = self._wide(torch.tensor(value, dtype=torch.float64))
-        self.console.say(f"resuming {self.folder} at step {self.step} of {self.settings.steps}")
+        left = "" if self.step < self.settings.steps else ": nothing is left to do; a larger --steps goes on"
+        self.console.say(f"resuming {self.folder} at step {self.step} of {self.settings.steps}{left}")
 
     @_by_one
     def _save(self) -> None:
@@ -505,14 +509,19 @@ class Loop:
 
 
 def portable(settings: Train) -> dict[str, Any]:
-    """Return settings as plain values for a weights file: of paths only the last name, nobody's folders."""
+    """Return settings as plain values for a weights file: of paths only the last name, nobody's folders.
+
+    Where a run is recorded besides is left out.
+    """
 
     def short(value: Any) -> Any:
         if isinstance(value, tuple):
             return [short(each) for each in value]
-        return Path(names.shown(str(value))).name if isinstance(value, Path) else value
+        if isinstance(value, str) and (names.is_url(value) or (os.sep in value and os.path.exists(value))):
+            value = Path(value)
+        return Path(names.public(names.shown(str(value)))).name if isinstance(value, Path) else value
 
-    return {name: short(value) for name, value in settings.model_dump().items()}
+    return {name: short(value) for name, value in settings.model_dump().items() if name not in RECORDS}
 
 
 def _checked(stages: Stages, steps: int, processes: int) -> Stages:

@@ -32,7 +32,7 @@ class Bucket:
         objects: Key to content.
         latency: Seconds that every request waits.
         cut: Requests of content that end in the middle, after ``cut_at`` bytes.
-        busy: Requests of content that are answered with 503.
+        busy: Requests of content, or to write, that are answered with 503.
         composite: Whether the ETag of an object is not its MD5.
         denied: What is answered with 403, of "list", "GET" and "HEAD".
         signed: The Authorization headers that were seen.
@@ -101,8 +101,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_PUT(self) -> None:
         key = unquote(urlsplit(self.path).path).lstrip("/").partition("/")[2]
-        self.bucket.objects[key] = self.rfile.read(int(self.headers["Content-Length"]))
-        self._send(200, ETag=self.bucket.tag(self.bucket.objects[key]))
+        content = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.bucket.take("busy"):
+            return self._error(503, "SlowDown")
+        self.bucket.objects[key] = content
+        return self._send(200, ETag=self.bucket.tag(content))
 
     def _list(self, query: dict[str, str]) -> None:
         self.bucket.listings += 1

@@ -18,7 +18,8 @@ class Server(ThreadingHTTPServer):
 
     Attributes:
         files: Path with a leading slash to content.
-        wrong: Path to what happens instead, one answer after the other: "cut", "busy", "403", "moved:URL".
+        wrong: Path to what happens instead, one answer after the other: "cut", "busy", "403", "empty",
+            "moved:URL", "other" (half of another range than was asked for).
         asked: Method, path with its query, and headers of every request.
         connections: Number of connections that were made.
         token: What requests must bear; "" for nothing.
@@ -82,6 +83,12 @@ class Web(BaseHTTPRequestHandler):
             self._answer(503, b"later", {"Retry-After": "0"})
         elif what.startswith("moved:"):
             self._answer(302, b"", {"Location": what[6:]})
+        elif what == "empty":
+            self._answer(200, b"")
+        elif what == "other":
+            self._head(206, {"Content-Length": "4", "Content-Range": "bytes 0-3/100"})
+            self.wfile.write(b"no")
+            self.close_connection = True
         elif what:
             self._answer(int(what), b"no")
         return bool(what)

@@ -12,13 +12,15 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import gcs
 import pytest
 
-from imgtool.buckets import Found, Interrupted, Offline, manifest
+from imgtool.buckets import Found, Interrupted, Offline, manifest, state
 from imgtool.buckets import fetch as fetching
 from imgtool.buckets.fetch import action, checked, fetch, mirror
 from imgtool.buckets.state import FOLDER, PIECE
@@ -85,8 +87,40 @@ def _lies(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(autouse=True)
-def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(fetching, "WAITS", (0.0, 0.0, 0.0))
+    yield
+    _as_another_process()
+
+
+def _as_another_process() -> None:
+    """Let go of the copies that this process uses, as its end would."""
+    for lock in state._USED.values():
+        os.close(lock)
+    state._USED.clear()
+
+
+def _mirrored(shelf: Shelf, monkeypatch: pytest.MonkeyPatch, cache: Path) -> Path:
+    monkeypatch.setenv("IMGTOOL_CACHE", str(cache))
+    monkeypatch.setattr("imgtool.buckets.open", lambda url: shelf)
+    return mirror(shelf.url(""))
+
+
+def _fork() -> int:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of threads, which the child leaves alone
+        return os.fork()
+
+
+def _killed(work: Callable[[], object]) -> None:
+    """Do a work in a process that ends in the middle of it."""
+    child = _fork()
+    if not child:
+        try:
+            work()
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
 
 
 PHOTOS = {"a.jpg": b"one", "b/c.JPG": b"two" * 50, "b/notes.txt": b"", "ü #%.jpg": b"three"}
@@ -158,10 +192,22 @@ def test_a_folder_of_another_url_is_refused(tmp_path: Path) -> None:
 
 
 def test_names_that_lead_outside_or_clash_are_faults_and_the_others_are_kept(tmp_path: Path) -> None:
-    names = ["../out", "/etc/x", "C:/x", "C:x", "d/../../e", "d\\..\\..\\e", "f", "f/g", "good..jpg", "h/./i"]
+    names = [
+        "../out",
+        "/etc/x",
+        "C:/x",
+        "C:x",
+        "d/../../e",
+        "d\\..\\..\\e",
+        "f",
+        "f/g",
+        "good..jpg",
+        "h/i",
+        "h/./i",
+    ]
     record = fetch(Shelf(dict.fromkeys(names, b"1")), tmp_path / "in")
     assert [str(fault).partition(":")[0] for fault in record["faults"]] == [  # type: ignore[attr-defined]
-        "../out", "/etc/x", "C", "C", "d/../../e", "d\\..\\..\\e", "f",
+        "../out", "/etc/x", "C", "C", "d/../../e", "d\\..\\..\\e", "f", "h/./i",
     ]  # fmt: skip
     assert sorted(_lies(tmp_path)) == ["in/f/g", "in/good..jpg", "in/h/i"]
 
@@ -277,7 +323,7 @@ def test_check_tells_what_is_missing_cut_or_changed_without_the_place(tmp_path: 
     assert record["faults"] == [
         "a: no such file or directory", "b: 2 bytes, not 3", "c: its SHA-256 is not that of the manifest",
     ]  # fmt: skip
-    assert (record["files"], record["fetched"]) == (1, 0)
+    assert (record["whole"], record["files"]) == (1, 4)
     settings = SimpleNamespace(url="gs://shelf", out=tmp_path, check=True)
     assert action(settings, Watch())["faults"] == record["faults"]  # type: ignore[arg-type]
     with pytest.raises(ImgtoolError, match="has no imgtool-manifest"):
@@ -355,13 +401,16 @@ def test_a_mirror_follows_what_changes_and_goes_and_serves_offline(
     assert _lies(folder) == PHOTOS
     del shelf.files["b/c.JPG"], shelf.files["b/notes.txt"]
     shelf.files["a.jpg"] = b"new"
+    _as_another_process()
     assert _lies(mirror("gs://shelf")) == shelf.files
     assert not (folder / "b").exists()
     shelf.offline = True
     said: list[str] = []
+    _as_another_process()
     assert mirror("gs://shelf", said.append) == folder
     assert "no answer from the shelf; the copy of 20" in said[0]
     shelf.offline, shelf.files["z"], shelf.breaks = False, b"1", [0] * 9
+    _as_another_process()
     with pytest.raises(ImgtoolError, match="1 files of gs://shelf could not be fetched"):
         mirror("gs://shelf")
     shelf.offline = True
@@ -382,6 +431,286 @@ def test_no_password_or_signature_of_an_address_is_kept(
     text = (path.parent / manifest.NAME).read_text() + str(path)
     assert "secret" not in text
     assert "hidden" not in text
+
+
+def test_a_copy_stays_as_it_is_while_a_process_uses_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shelf = Shelf({"a": b"1", "b": b"2"})
+    folder = _mirrored(shelf, monkeypatch, tmp_path)
+    shelf.files = {"a": b"new"}
+    assert mirror("gs://shelf") == folder  # this process asks twice
+    assert _lies(folder) == {"a": b"1", "b": b"2"}
+    used = state._USED.copy()
+    state._USED.clear()  # another process comes, and this one goes on
+    said: list[str] = []
+    assert mirror("gs://shelf", said.append) == folder
+    assert said == ["another process uses the copy: it is not refreshed"]
+    assert _lies(folder) == {"a": b"1", "b": b"2"}
+    _as_another_process()
+    for lock in used.values():
+        os.close(lock)
+    assert mirror("gs://shelf") == folder
+    assert _lies(folder) == {"a": b"new"}
+
+
+def test_a_copy_is_used_until_the_last_fork_of_its_process_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shelf = Shelf({"a": b"1"})
+    folder = _mirrored(shelf, monkeypatch, tmp_path)
+    reads, writes = os.pipe()
+    child = _fork()  # as a data worker is
+    if not child:
+        os.close(writes)
+        os.read(reads, 1)
+        os._exit(0 if mirror("gs://shelf") == folder else 1)
+    os.close(reads)
+    _as_another_process()
+    shelf.files = {"a": b"new"}
+    mirror("gs://shelf")
+    assert _lies(folder) == {"a": b"1"}
+    os.close(writes)
+    assert os.waitpid(child, 0)[1] == 0
+    _as_another_process()
+    mirror("gs://shelf")
+    assert _lies(folder) == {"a": b"new"}
+
+
+def test_a_cache_that_cannot_be_written_serves_where_its_copy_is_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shelf = Shelf({"a": b"1"})
+    folder = _mirrored(shelf, monkeypatch, tmp_path)
+    _as_another_process()
+    real = os.open
+
+    def opened(path: str, *arguments: int, **named: int) -> int:
+        if str(path).endswith(state.LOCK):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), path)
+        return real(path, *arguments, **named)
+
+    monkeypatch.setattr(os, "open", opened)
+    said: list[str] = []
+    assert mirror("gs://shelf", said.append) == folder
+    assert said == ["the copy cannot be refreshed: read-only file system"]
+    (folder / manifest.NAME).unlink()
+    with pytest.raises(ImgtoolError, match="read-only file system") as caught:
+        mirror("gs://shelf")
+    assert "IMGTOOL_CACHE" in caught.value.hint
+
+
+def test_a_copy_that_was_removed_is_fetched_again_by_the_process_that_used_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shelf = Shelf({"a": b"1"})
+    folder = _mirrored(shelf, monkeypatch, tmp_path)
+    shutil.rmtree(tmp_path / "buckets")
+    assert _lies(mirror("gs://shelf")) == shelf.files
+    assert folder.is_dir()
+
+
+def test_processes_that_begin_at_once_wait_for_one_and_all_have_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("IMGTOOL_CACHE", str(tmp_path))
+    shelf = Shelf({"a": b"1", "b": b"2"})
+    monkeypatch.setattr("imgtool.buckets.open", lambda url: shelf)
+    log = tmp_path / "read"
+
+    def read(found: Found, begin: int, end: int) -> bytes:
+        time.sleep(0.05)
+        with log.open("ab") as file:
+            file.write(b"x")
+        return shelf.files[found.path][begin:end]
+
+    shelf.read = read  # type: ignore[method-assign]
+    children = []
+    for _ in range(3):
+        child = _fork()
+        if not child:
+            os._exit(0 if _lies(mirror("gs://shelf")) == shelf.files else 1)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
+    assert log.read_bytes() == b"xx"
+
+
+def test_a_refresh_that_was_killed_leaves_no_copy_that_counts_as_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shelf = Shelf({"a": b"1", "b": b"2", "c": b"3"})
+    folder = _mirrored(shelf, monkeypatch, tmp_path)
+    _as_another_process()
+    shelf.files = {"a": b"new", "b": b"new"}
+    before = shelf.read
+    shelf.read = lambda found, *rest: before(found, *rest) if found.path == "a" else os._exit(9)  # type: ignore
+    _killed(lambda: mirror("gs://shelf"))
+    shelf.read, shelf.offline = before, True  # type: ignore[method-assign]
+    with pytest.raises(Offline):
+        mirror("gs://shelf")
+    with pytest.raises(ImgtoolError, match="has not ended"):
+        checked("gs://shelf", folder)
+    shelf.offline = False
+    assert _lies(mirror("gs://shelf")) == shelf.files
+
+
+def test_a_folder_is_listed_when_no_other_process_fetches_into_it(tmp_path: Path) -> None:
+    shelf = Shelf({"a": b"1"})
+    list_, held = shelf.list, []
+
+    def listed() -> list[Found]:
+        held.append((tmp_path / "out" / FOLDER / "lock").exists())
+        return list_()
+
+    shelf.list = listed  # type: ignore[method-assign]
+    fetch(shelf, tmp_path / "out")
+    assert held == [True]
+    shelf.files = {}
+    with pytest.raises(ImgtoolError, match="there is nothing"):
+        fetch(shelf, tmp_path / "new" / "folder")
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_a_mirror_cannot_find_or_is_no_file_any_more_is_no_trouble_when_it_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shelf = Shelf({"d/e/x": b"1", "f/y": b"2", "g": b"3", "h": b"4"})
+    folder = _mirrored(shelf, monkeypatch, tmp_path)
+    shutil.rmtree(folder / "d/e")
+    shutil.rmtree(folder / "f")
+    (folder / "f").write_bytes(b"mine")
+    (folder / "g").unlink()
+    (folder / "g").mkdir()
+    (folder / "g/mine").write_bytes(b"")
+    shelf.files = {"h": b"4"}
+    _as_another_process()
+    mirror("gs://shelf")
+    assert sorted(_lies(folder)) == ["f", "g/mine", "h"]
+    assert not (folder / "d").exists()
+
+
+def test_a_folder_belongs_to_its_url_before_the_first_file_has_come(tmp_path: Path) -> None:
+    shelf = Shelf({"x": b"1", "y": b"2"})
+    before = shelf.read
+    shelf.read = lambda found, *rest: before(found, *rest) if found.path == "x" else os._exit(9)  # type: ignore
+    _killed(lambda: fetch(shelf, tmp_path, jobs=1))
+    other = Shelf({"x": b"other"})
+    other.url = lambda path: f"s3://other/{path}"  # type: ignore[method-assign]
+    with pytest.raises(ImgtoolError, match="holds files of gs://shelf"):
+        fetch(other, tmp_path)
+    shelf.read = before  # type: ignore[method-assign]
+    assert fetch(shelf, tmp_path)["fetched"] == 1
+
+
+def test_copies_of_different_urls_lie_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shelf = Shelf({"a": b"1"})
+    long = "q" * 250
+    urls = [
+        "s3://b", "s3://b/.copy/x", "s3://b/.copy", "s3://b/.lock", "s3://b/a/b", "s3://b/a//b", "s3://b/a%2Fb",
+        "s3://b/..", "s3://b/%2E%2E", f"s3://b/{long}/1", f"s3://b/zz{long}/1", "gs://b", "s3://b/a?b",
+        "https://h/a/b", "https://h/a%2Fb", "https://h/a%252Fb", "http://h/a/b", "https://h/a/b?c", "https://h/a/b?d",
+    ]  # fmt: skip
+    found = []
+    for url in urls:
+        shelf.url = lambda path, url=url: url  # type: ignore[misc]
+        found.append(_mirrored(shelf, monkeypatch, tmp_path))
+    assert len(set(found)) == len(urls)
+    folders = [path if path.is_dir() else path.parent for path in found]
+    assert not [(a, b) for a in folders for b in folders if a != b and a.is_relative_to(b)]
+    _as_another_process()
+    shelf.url = lambda path: "https://h/a%20b"  # type: ignore[method-assign]
+    same = _mirrored(shelf, monkeypatch, tmp_path)
+    assert mirror("https://ann:p@ss@h/a b#top") == same
+
+
+def test_an_etag_of_parts_is_checked_where_their_size_is_a_usual_one(tmp_path: Path) -> None:
+    data = os.urandom((5 << 20) + 1)
+
+    def etag(part: int) -> str:
+        sums = [hashlib.md5(data[at : at + part]).digest() for at in range(0, len(data), part)]
+        return f"{hashlib.md5(b''.join(sums)).hexdigest()}-{len(sums)}"
+
+    for part in (5 << 20, 8 << 20, 3 << 20):
+        assert manifest.hashes(data, {"etag-parts": etag(part)})["etag-parts"] == etag(part)
+    assert manifest.hashes(data, {"etag-parts": etag(4_000_001)})["etag-parts"] == ""
+    shelf = Shelf({"a": data})
+    for name, part in {"usual": 5 << 20, "unusual": 4_000_001}.items():
+        told = (("etag-parts", etag(part)),)
+        shelf.list = lambda told=told: [Found("a", len(data), "t", told)]  # type: ignore[misc]
+        assert fetch(shelf, tmp_path / name)["faults"] == []  # nothing is known of an unusual size
+        (tmp_path / name / manifest.NAME).unlink()
+    assert fetch(shelf, tmp_path / "unusual")["faults"] == [
+        "a: another file is there already; --force overwrites it"
+    ]
+    shelf.list = lambda: [Found("a", len(data), "t", (("etag-parts", etag(5 << 20)),))]  # type: ignore
+    assert fetch(shelf, tmp_path / "usual")["unchanged"] == 1  # it is known to be the same
+
+
+def test_requests_together_ask_for_no_more_than_there_is_room_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetching, "ROOM", 250)
+    shelf = Shelf({f"{number:02}": bytes(100) for number in range(10)} | {"big": bytes(1000)})
+    listed = [*shelf.list(), Found("unknown", -1)]
+    shelf.files["unknown"] = bytes(70)
+    shelf.list = lambda: listed  # type: ignore[method-assign]
+    before, lock, now, most = shelf.read, threading.Lock(), {"": 0}, []
+
+    def read(found: Found, begin: int, end: int) -> bytes:
+        size = 250 if found.path in ("big", "unknown") else end - begin
+        with lock:
+            now[""] += size
+            most.append(now[""])
+        time.sleep(0.005)
+        with lock:
+            now[""] -= size
+        return before(found, begin, end)
+
+    shelf.read = read  # type: ignore[method-assign]
+    assert fetch(shelf, tmp_path, jobs=1000)["faults"] == []
+    assert _lies(tmp_path) == shelf.files
+    assert max(most) == 250
+
+
+def test_a_file_that_may_not_be_read_is_in_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shelf = Shelf({"a": b"1"})
+    fetch(shelf, tmp_path)
+    os.utime(tmp_path / "a", (1, 1))
+    real = Path.open
+
+    def opened(path: Path, *arguments: object, **named: object) -> object:  # root may read everything
+        if path.name == "a":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return real(path, *arguments, **named)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(Path, "open", opened)
+    assert "a: it was changed here" in str(fetch(shelf, tmp_path)["faults"])
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_a_fetch_at_once_and_what_came_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    objects = {f"p/{number:03}": b"1" * 1000 for number in range(200)}
+    with gcs.serve(objects) as bucket:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", bucket.url)
+        code = "import sys; from imgtool.cli import run\n"
+        code += "sys.exit(run(['data', 'fetch', 'gs://bucket/p', '-o', sys.argv[1]]))"
+        bucket.latency = 0.1
+        child = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stderr=subprocess.PIPE)
+        while len(list(tmp_path.glob("???"))) < 40:
+            time.sleep(0.01)
+        bucket.latency = 20
+        time.sleep(0.5)
+        child.send_signal(signal.SIGINT)
+        begun = time.monotonic()
+        _, said = child.communicate()
+        assert time.monotonic() - begun < 3
+        assert (child.returncode, said.splitlines()[-1]) == (130, b"interrupted")
+        there = len(list(tmp_path.glob("???")))
+        bucket.latency = 0
+        record = fetch("gs://bucket/p", tmp_path)
+        assert (record["unchanged"], record["faults"]) == (there, [])
 
 
 @pytest.mark.slow

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import pickle
+import shutil
+import threading
 import time
 import urllib.request
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import ClassVar
 
 import hub
 import pytest
 
-from imgtool import buckets, files
+from imgtool import buckets, files, names
 from imgtool.buckets import Found, Interrupted, Place, patience, send
+from imgtool.buckets import transit as transits
 from imgtool.buckets.transit import Transit
 from imgtool.errors import USAGE, ImgtoolError
 
@@ -27,6 +32,9 @@ class Shelf:
     files: ClassVar[dict[str, bytes]] = {}
     wrong: ClassVar[list[Exception]] = []
     asked: ClassVar[list[str]] = []
+    spoilt: ClassVar[list[bytes]] = []
+    told: ClassVar[tuple[tuple[str, str], ...]] = ()
+    gate: ClassVar[threading.Event | None] = None
 
     def __init__(self, url: str) -> None:
         self.base = url.rstrip("/")
@@ -37,7 +45,7 @@ class Shelf:
 
     def list(self) -> list[Found]:
         if self.base in self.files:
-            return [Found(self.base.rpartition("/")[2], len(self.files[self.base]))]
+            return [Found(self.base.rpartition("/")[2], len(self.files[self.base]), "", self.told)]
         cut = len(self.base) + 1
         found = [
             Found(url[cut:], len(data)) for url, data in self.files.items() if url.startswith(self.base + "/")
@@ -48,7 +56,15 @@ class Shelf:
         if self.wrong:
             raise self.wrong.pop()
         self.asked.append(self.url(found.path))
-        return self.files[self.url(found.path)]
+        if self.gate:
+            self.gate.wait(10)
+        return self.spoilt.pop() if self.spoilt else self.files[self.url(found.path)]
+
+    def read(self, found: Found, begin: int, end: int) -> bytes:
+        if self.wrong:
+            raise self.wrong.pop()
+        self.asked.append(f"{begin}-{end}")
+        return self.files[self.url(found.path)][begin:end]
 
     def write(self, source: Path, path: str) -> None:
         if self.wrong:
@@ -62,7 +78,7 @@ def shelf(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> type[Shelf]:
     monkeypatch.setattr(patience, "WAITS", (0.0, 0.0))
     monkeypatch.setenv("IMGTOOL_CACHE", str(tmp_path / "cache"))
     own = type("Own", (Shelf,), {"files": {f"s3://b/set/{name}": data for name, data in PHOTOS.items()}})
-    own.wrong, own.asked = [], []
+    own.wrong, own.asked, own.spoilt = [], [], []
     monkeypatch.setattr(buckets, "open", own)
     return own
 
@@ -76,6 +92,14 @@ def transit(shelf: type[Shelf]) -> Iterator[Transit]:
 
 def _items(transit: Transit, url: str = "s3://b/set") -> list[files.Item]:
     return transit.items(url, files.READABLE)
+
+
+def _until(true: Callable[[], bool]) -> None:
+    for _ in range(1000):
+        if true():
+            break
+        time.sleep(0.005)
+    assert true()
 
 
 # --- listings ---
@@ -130,6 +154,25 @@ def test_what_holds_no_photo_is_refused(shelf: type[Shelf], url: str, words: str
     transit.close()
 
 
+@pytest.mark.parametrize("shop", ["s3://b", "https://h"])
+def test_a_name_that_looks_like_a_pattern_comes_first(shelf: type[Shelf], shop: str) -> None:
+    shelf.files = {f"{shop}/in/{name}.jpg": name.encode() for name in ("x[1]", "x1", "[y]/z[2]", "y/z2")}
+    for url, found in {
+        f"{shop}/in/x[1].jpg": {"x[1].jpg": b"x[1]"},
+        f"{shop}/in/[y]/z[2].jpg": {"z[2].jpg": b"[y]/z[2]"},
+        f"{shop}/in/[y]": {"z[2].jpg": b"[y]/z[2]"},
+        f"{shop}/in/[y]/*": {"y/z2.jpg": b"y/z2"},
+        f"{shop}/in/x[12].jpg": {"x1.jpg": b"x1"},
+    }.items():
+        transit = Transit.begin([url], None)
+        items = _items(transit, url)
+        for item in items:
+            transit.bring(item)
+        assert {item.relative.as_posix(): item.source and item.source.read_bytes() for item in items} == found
+        assert items[0].folder == ("z[2]" not in url and "x[1]." not in url)
+        transit.close()
+
+
 def test_a_name_that_leads_out_of_the_spool_is_left_out(shelf: type[Shelf]) -> None:
     shelf.files["s3://b/set/../../evil.jpg"] = b"x"
     transit = Transit.begin(["s3://b/set"], None)
@@ -160,17 +203,77 @@ def test_no_more_photos_are_fetched_ahead_than_may_lie_here(shelf: type[Shelf]) 
     transit = Transit(Transit.begin(["s3://b/many"], None).plan, ahead=3)
     items = _items(transit, "s3://b/many")
     transit.ahead(items)
-    for _ in range(500):
-        if len(shelf.asked) == 3:
-            break
-        time.sleep(0.01)
-    assert len(shelf.asked) == 3
+    _until(lambda: len(shelf.asked) == 3)
     transit.bring(items[-1])  # out of turn
     for item in items:
         transit.bring(item)
         transit.drop(item)
     assert sorted(shelf.asked) == sorted(shelf.files)
     transit.close()
+
+
+def test_a_photo_that_is_dropped_on_its_way_does_not_stay(transit: Transit, shelf: type[Shelf]) -> None:
+    shelf.gate = threading.Event()
+    items = _items(transit)
+    transit.ahead(items)
+    _until(lambda: len(shelf.asked) == 3)
+    for item in items:
+        transit.drop(item)
+    task = threading.Thread(target=transit.bring, args=(items[0],))  # wanted again
+    task.start()
+    _until(lambda: items[0].source not in transit._dropped)
+    shelf.gate.set()
+    task.join()
+    _until(lambda: not transit._dropped)
+    assert [bool(item.source and item.source.exists()) for item in items] == [True, False, False]
+    assert len(shelf.asked) == 3
+
+
+def test_a_photo_is_fetched_once_more_where_its_hash_is_wrong(shelf: type[Shelf]) -> None:
+    url = "s3://b/set/in/b.JPG"
+    shelf.told = (("sha256", hashlib.sha256(b"22").hexdigest()), ("md5", hashlib.md5(b"22").hexdigest()))
+    transit = Transit.begin([url], None)
+    (item,) = _items(transit, url)
+    shelf.spoilt = [b"33"]
+    worker = Transit(transit.plan)
+    worker.bring(pickle.loads(pickle.dumps(item)))
+    assert item.source
+    assert item.source.read_bytes() == b"22"
+    worker.drop(item)
+    shelf.spoilt = [b"33", b"33"]
+    with pytest.raises(ImgtoolError, match=r"in/b\.JPG: its SHA256 is not what the store tells, twice"):
+        transit.bring(item)
+    assert not item.source.exists()
+    worker.close()
+    transit.close()
+
+
+def test_an_etag_that_is_no_md5_is_doubted_once(shelf: type[Shelf]) -> None:
+    url = "s3://b/set/in/b.JPG"
+    shelf.told = (("etag-md5", "0" * 32),)
+    transit = Transit.begin([url], None)
+    (item,) = _items(transit, url)
+    for asked in (2, 3):
+        transit.bring(item)
+        transit.drop(item)
+        assert len(shelf.asked) == asked
+    transit.close()
+    transit = Transit.begin([url], None)
+    shelf.spoilt = [b"33", b"44"]
+    with pytest.raises(ImgtoolError, match="ETAG-MD5"):
+        transit.bring(_items(transit, url)[0])
+    transit.close()
+
+
+def test_a_large_photo_comes_in_pieces(transit: Transit, shelf: type[Shelf]) -> None:
+    data = os.urandom(transits.WHOLE + 1)
+    shelf.files["s3://b/set/a.jpg"] = data
+    item = _items(transit)[0]
+    shelf.wrong = [Interrupted("cut")]
+    transit.bring(item)
+    assert item.source
+    assert item.source.read_bytes() == data
+    assert len(shelf.asked) == 3
 
 
 def test_what_is_interrupted_is_asked_for_again_and_a_failure_is_no_last_word(
@@ -273,9 +376,49 @@ def test_an_output_that_cannot_be_sent_stays_here(transit: Transit, shelf: type[
     made = Path(transit.local("s3://b/made/"), "c.png")
     files.write(made, b"made")
     shelf.wrong.append(ImgtoolError("no permission"))
-    with pytest.raises(ImgtoolError, match="no permission"):
+    spool = transit.plan.spool
+    with pytest.raises(ImgtoolError, match="no permission") as fault:
         transit.send([made])
+    assert spool in names.shown(fault.value.hint)
     assert made.exists()
+    for item in _items(transit):
+        transit.bring(item)
+    beside = Path(transit.plan.sources[0][0], "set/in/b-x.JPG")
+    files.write(beside, b"made")
+    files.write(beside.with_name(".imgtool-1"), b"of a worker that was killed")
+    assert transit.close() == [beside, made]
+    Transit.begin([], None).close()
+    assert {path for path in Path(spool).rglob("*") if path.is_file()} == {beside, made, Path(spool, "lock")}
+    assert made.read_bytes() == b"made"
+
+
+def test_the_spool_of_a_process_that_was_killed_is_swept(transit: Transit) -> None:
+    killed = Transit.begin(["s3://b/set"], None)
+    worker = Transit(killed.plan)
+    worker.bring(_items(killed)[0])
+    spool = Path(killed.plan.spool)
+    for dies in (killed, worker):
+        Transit.begin([], None).close()
+        assert len([path for path in spool.rglob("*.jpg") if path.is_file()]) == 1
+        os.close(dies._held)
+    Transit.begin([], None).close()
+    assert not spool.exists()
+    assert Path(transit.plan.spool).exists()
+
+
+def test_the_last_worker_of_another_machine_leaves_nothing(transit: Transit) -> None:
+    item = _items(transit)[0]
+    spool = Path(transit.plan.spool)
+    os.close(transit._held)
+    transit._held = -1
+    shutil.rmtree(spool)  # as it is there
+    workers = Transit(transit.plan), Transit(transit.plan)
+    workers[0].bring(item)
+    workers[1].bring(_items(transit)[1])
+    assert workers[0].close() == []
+    assert spool.exists()
+    assert workers[1].close() == []
+    assert not spool.exists()
 
 
 # --- folders that are sent ---
@@ -350,6 +493,48 @@ def test_no_state_is_sent_while_another_file_could_not_be(shelf: type[Shelf], ru
     assert len(shelf.files) == 5
 
 
+def test_an_upload_that_is_interrupted_is_tried_again(shelf: type[Shelf], run: Path) -> None:
+    shelf.files = {}
+    shelf.wrong = [Interrupted("cut"), Interrupted("cut")]
+    send.send(run, "s3://b/run", {}, jobs=1)
+    assert len(shelf.files) == 5
+
+
+def test_a_sender_outlives_files_that_vanish_and_disks_that_fail(
+    shelf: type[Shelf], run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    faults = [PermissionError(13, "Permission denied"), OSError(28, "No space left on device")]
+    kept = send._kept
+    monkeypatch.setattr(send, "_kept", lambda folder: _raise(faults.pop()) if faults else kept(folder))
+    with send.Sender(run, "s3://b/x", said.append, every=0.001) as sender:
+        _until(lambda: not sender.unsent)
+    assert said == [f"cannot send {run}: no space left on device; it is tried again"]
+    faults.append(PermissionError(13, "Permission denied"))
+    with (
+        pytest.raises(ImgtoolError, match="permission denied") as fault,
+        send.Sender(run, "s3://b/x", said.append) as sender,
+    ):
+        pass
+    assert sender.unsent
+    assert str(run) in fault.value.hint
+
+
+def _raise(fault: Exception) -> None:
+    raise fault
+
+
+def test_what_vanishes_before_it_is_sent_stops_nothing_else(
+    shelf: type[Shelf], run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shelf.files = {}
+    listed = send.listed
+    gone = {"gone.txt": (1, 1), "gone/last.pt": (1, 1)}
+    monkeypatch.setattr(send, "listed", lambda folder: listed(folder) | gone)
+    known = send.send(run, "s3://b/run", {})
+    assert len(shelf.files) == len(known) == 5
+
+
 def test_a_sender_sends_while_the_work_goes_on_and_after_it_failed(
     shelf: type[Shelf], tmp_path: Path
 ) -> None:
@@ -359,11 +544,7 @@ def test_a_sender_sends_while_the_work_goes_on_and_after_it_failed(
     def work() -> None:
         with send.Sender(folder, "s3://b/made", said.append, every=0.01):
             files.write(folder / "1.txt", b"1")
-            for _ in range(500):
-                if "s3://b/made/1.txt" in shelf.files:
-                    break
-                time.sleep(0.01)
-            assert "s3://b/made/1.txt" in shelf.files
+            _until(lambda: "s3://b/made/1.txt" in shelf.files)
             files.write(folder / "2.txt", b"2")
             raise ZeroDivisionError
 

@@ -7,6 +7,7 @@ import datetime
 import functools
 import hashlib
 import http.server
+import importlib
 import ipaddress
 import json
 import socket
@@ -83,6 +84,14 @@ def test_an_address_signed_for_reading_alone_is_asked_by_a_range(web: hub.Server
     assert buckets.open(f"{web.url}/set/a b.jpg").list()[0].size == 120
 
 
+def test_a_server_that_tells_no_size_before_it_is_asked_for_all_has_no_empty_files(web: hub.Server) -> None:
+    web.wrong["/set/a b.jpg"] = ["empty"]  # the answer to HEAD
+    place = buckets.open(f"{web.url}/set/a b.jpg")
+    (found,) = place.list()
+    assert found.size == -1
+    assert place.whole(found) == PHOTOS["/set/a b.jpg"]
+
+
 def test_nothing_is_listed_where_nothing_is(web: hub.Server) -> None:
     assert buckets.open(f"{web.url}/other").list() == []
     assert buckets.open(f"{web.url}/other/").list() == []
@@ -91,17 +100,65 @@ def test_nothing_is_listed_where_nothing_is(web: hub.Server) -> None:
 def test_a_folder_with_a_manifest_is_listed_from_it_with_hashes(web: hub.Server) -> None:
     rows = [
         {"url": "s3://b", "files": 1},
-        {"path": "x.jpg", "size": 3, "tag": "t", "sha256": "ab", "md5": "cd"},
+        {"path": "x.jpg", "size": 3, "tag": "t", "sha256": "AB" * 32, "md5": "cd" * 16},
     ]
     web.files = {f"/set/{manifest.NAME}": "\n".join(map(json.dumps, rows)).encode(), "/set/x.jpg": b"abc"}
     place = buckets.open(f"{web.url}/set/")
     (found,) = place.list()
-    assert (found.path, found.size, dict(found.digests)) == ("x.jpg", 3, {"sha256": "ab", "md5": "cd"})
+    assert (found.path, found.size, dict(found.digests)) == (
+        "x.jpg",
+        3,
+        {"sha256": "ab" * 32, "md5": "cd" * 16},
+    )
     assert place.whole(found) == b"abc"
 
 
+HEAD = {"url": "s3://b", "files": 1, "date": "2026-01-01"}
+ROW = {"path": "x.jpg", "size": 3}
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [HEAD, ROW | {"size": None}],
+        [HEAD, ROW | {"size": -1}],
+        [HEAD, ROW | {"size": True}],
+        [HEAD, ROW | {"path": 7}],
+        [HEAD, ROW | {"tag": 7}],
+        [HEAD, ROW | {"sha256": "ab"}],
+        [HEAD, ROW | {"md5": 7}],
+        [HEAD, {"path": "x.jpg"}],
+        [HEAD, [ROW]],
+        [HEAD | {"files": 2}, ROW, ROW],
+        [HEAD | {"files": 2}, ROW],
+        [HEAD | {"date": ""}, ROW],
+        [{"error": "not found"}],
+        [ROW],
+        [[]],
+        ["error: no url"],
+        [],
+    ],
+)
+def test_what_is_no_whole_manifest_counts_as_none(web: hub.Server, rows: list[object]) -> None:
+    web.files = {f"/set/{manifest.NAME}": "\n".join(map(json.dumps, rows)).encode(), "/set/y.jpg": b"abc"}
+    assert [each.path for each in buckets.open(f"{web.url}/set/").list()] == [manifest.NAME, "y.jpg"]
+
+
+def test_pages_and_manifests_without_end_are_not_read_to_it(
+    web: hub.Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [HEAD, ROW]
+    web.files = {f"/set/{manifest.NAME}": "\n".join(map(json.dumps, rows)).encode(), "/set/y.jpg": b"abc"}
+    monkeypatch.setattr("imgtool.buckets.web._MANIFEST", 60)
+    assert "y.jpg" in [each.path for each in buckets.open(f"{web.url}/set/").list()]
+    monkeypatch.setattr("imgtool.buckets.web._PAGE", 60)
+    with pytest.raises(ImgtoolError, match="too long for a list"):
+        buckets.open(f"{web.url}/set/").list()
+
+
 def test_a_manifest_that_leads_out_of_the_folder_is_refused(web: hub.Server) -> None:
-    web.files = {f"/set/{manifest.NAME}": json.dumps({"path": "../x.jpg", "size": 3}).encode()}
+    rows = [HEAD, {"path": "../x.jpg", "size": 3}]
+    web.files = {f"/set/{manifest.NAME}": "\n".join(map(json.dumps, rows)).encode()}
     with pytest.raises(ImgtoolError, match=r"\.\./x\.jpg"):
         buckets.open(f"{web.url}/set/").list()
 
@@ -132,6 +189,14 @@ def test_a_broken_connection_and_a_busy_server_are_interruptions(web: hub.Server
     assert place.whole(Found("ü.jpg")) == b"three"
 
 
+def test_nothing_is_taken_of_another_range_than_was_asked_for(web: hub.Server) -> None:
+    place = buckets.open(f"{web.url}/set/")
+    web.wrong["/set/a b.jpg"] = ["other"]
+    with pytest.raises(Interrupted, match="bytes 0-3/100 for bytes 10-13/") as fault:
+        place.read(Found("a b.jpg"), 10, 14)
+    assert fault.value.got == b""
+
+
 def test_a_listing_is_asked_again_and_then_says_that_nobody_answers(web: hub.Server) -> None:
     web.wrong["/set/"] = ["busy", "busy"]
     assert len(buckets.open(f"{web.url}/set/").list()) == 3
@@ -156,6 +221,13 @@ def test_a_password_goes_with_requests_but_to_no_other_server_and_into_no_messag
         assert place.whole(Found("ü.jpg")) == b"moved"
     assert web.asked[0][2]["Authorization"] == f"Basic {base64.b64encode(b'ann:s@crt').decode()}"
     assert "Authorization" not in other.asked[0][2]
+    assert place.url("x") == f"{web.url}/set/x"
+
+
+def test_a_password_may_hold_an_at_sign(web: hub.Server) -> None:
+    place = buckets.open(f"http://ann:s@cr@t@127.0.0.1:{web.server_address[1]}/set/")
+    assert place.whole(Found("ü.jpg")) == b"three"
+    assert web.asked[0][2]["Authorization"] == f"Basic {base64.b64encode(b'ann:s@cr@t').decode()}"
     assert place.url("x") == f"{web.url}/set/x"
 
 
@@ -218,7 +290,7 @@ def test_what_is_no_address_a_host_that_is_not_there_and_a_closed_port_are_said(
     with pytest.raises(Offline, match="refused"):
         buckets.open(f"http://127.0.0.1:{number}/x").list()
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
-    with pytest.raises(ImgtoolError, match=r"no such host: nowhere\.test"):
+    with pytest.raises(Offline, match=r"no such host: nowhere\.test"):
         buckets.open("http://nowhere.test/x").list()
 
 
@@ -243,6 +315,9 @@ def test_a_certificate_is_checked(web: hub.Server, tmp_path: Path, monkeypatch: 
     assert "SSL_CERT_FILE" in fault.value.hint
     monkeypatch.setenv("SSL_CERT_FILE", str(pem))
     assert buckets.open(address).list() == _listing("/set/")
+    web.wrong["/set/ü.jpg"] = ["moved:http://127.0.0.1/ü.jpg"]
+    with pytest.raises(ImgtoolError, match="not encrypted"):
+        buckets.open(address).whole(Found("ü.jpg"))
 
 
 def _certificate() -> bytes:
@@ -310,6 +385,7 @@ def test_a_data_set_is_listed_with_hashes_and_read_at_one_commit(photos: hub.Ser
     assert place.read(large, 3, 6) == b"one"
     assert place.whole(small) == b"two"
     assert place.url("b.jpg") == "hf://datasets/ann/photos@v1/inner/b.jpg"
+    assert importlib.import_module("huggingface_hub").get_session().timeout.read == client.TIMEOUT
     reads = [path for _, path, _ in photos.asked if "/resolve/" in path]
     assert reads[-1] == f"/datasets/ann/photos/resolve/{hub.COMMIT}/inner/b.jpg"
     assert [each.path for each in buckets.open("hf://datasets/ann/photos").list()] == [
