@@ -162,7 +162,7 @@ def _span(cls: type[Settings], name: str, given: Mapping[str, Any], where: str) 
     def refuse(what: str, hint: str) -> ImgtoolError:
         return ImgtoolError(f"{where}: {name}: {what}", hint, USAGE)
 
-    kind = cls.model_fields[name].annotation
+    kind: Any = cls.model_fields[name].annotation
     if kind not in (int, float):
         raise refuse("is no number, so it has no range", f"write {name} = [..., ...]")
     _check_words(given, kind, refuse)
