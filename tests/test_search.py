@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
@@ -20,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 from toy import TOY, rows, toy
 
-from imgtool import cli, engines, plots, sheets, train
+from imgtool import cli, engines, files, plots, sheets, train
 from imgtool.console import Console
 from imgtool.engine import Engine
 from imgtool.errors import DONE, USAGE, ImgtoolError
@@ -230,12 +231,86 @@ def test_a_process_elsewhere_counts_as_dead_when_its_heart_stands_still(tmp_path
     assert one.claim("a")
 
 
+@pytest.mark.skipif(os.name != "posix", reason="asks the system for a process by its number")
+def test_a_process_here_lives_as_long_as_the_system_says(tmp_path: Path) -> None:
+    """A laptop that slept is awake again, and its processes are too."""
+    path = owned(tmp_path, host=socket.gethostname(), pid=os.getppid(), token="x")
+    os.utime(path, (time.time() - 2 * board.STALE,) * 2)
+    assert not Board(tmp_path).claim("a")
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux")
+def test_a_process_that_got_the_number_of_a_dead_one_is_another(tmp_path: Path) -> None:
+    owned(tmp_path, host=socket.gethostname(), pid=os.getppid(), born="long ago", token="x")
+    assert Board(tmp_path).claim("a")
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs Linux")
+def test_what_a_killed_process_held_is_free_before_its_parent_asks(tmp_path: Path) -> None:
+    code = "import sys; from pathlib import Path; from imgtool.search.board import Board\n"
+    code += "Board(Path(sys.argv[1])).claim('a'); print(flush=True); sys.stdin.read()"
+    words = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        assert not Board(tmp_path).claim("a")
+        child.kill()
+        child.stdout.read()
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        assert Board(tmp_path).claim("a")
+
+
+def test_a_heart_beats_on_after_a_fault_of_the_file_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faults, touch = iter([OSError("stale handle")] * 3), os.utime
+
+    def utime(path: Path, *more: Any) -> None:
+        for fault in faults:
+            raise fault
+        touch(path, *more)
+
+    monkeypatch.setattr(board, "BEAT", 0.005)
+    with Board(tmp_path) as one:
+        monkeypatch.setattr(board.os, "utime", utime)
+        assert one.claim("a")
+        path = tmp_path / board.FOLDER / "a.claim-0"
+        touch(path, (0, 0))
+        ends = time.monotonic() + 5
+        while next(faults, None) or (path.stat().st_mtime == 0 and time.monotonic() < ends):
+            time.sleep(0.005)
+        touch(path, (0, 0))
+        while path.stat().st_mtime == 0 and time.monotonic() < ends:
+            time.sleep(0.005)
+        assert path.stat().st_mtime > 0
+
+
 def test_who_was_taken_for_dead_holds_nothing_any_more(tmp_path: Path) -> None:
     one = Board(tmp_path)
     assert one.claim("a")
     assert one.holds("a")
     (tmp_path / board.FOLDER / "a.claim-1").write_text("{}")
     assert not one.holds("a")
+
+
+def test_a_place_is_never_seen_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(
+        board.os, "link", lambda blank, path: seen.append(f"{path.name}: {blank.read_text()}")
+    )
+    assert Board(tmp_path).admit(4, 1)
+    assert seen == ["training-000: 4"]
+    assert not [path for path in (tmp_path / board.FOLDER).iterdir() if path.name.startswith(".")]
+
+
+def test_a_file_system_without_links_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def link(*_: Path) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(board.os, "link", link)
+    one, two = Board(tmp_path), Board(tmp_path)
+    assert (one.claim("a"), two.claim("a")) == (True, False)
+    assert (one.admit(4, 1), two.admit(7, 1), two.admitted(4)) == (True, False, True)
 
 
 def test_no_more_are_admitted_than_were_asked_for(tmp_path: Path) -> None:
@@ -382,6 +457,53 @@ def test_a_search_does_not_become_something_else(tmp_path: Path, monkeypatch: py
         searching.plan(engine, toy(tmp_path / "many", search=2))
 
 
+def test_who_begins_at_the_same_time_joins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(samplers, "check", lambda name, parallel: None)
+    engine, other = toys(), Board(tmp_path)
+    assert other.claim(searching.BEGINNING)
+
+    def begin() -> None:
+        text = space.to_toml(searching.task(engine, toy(tmp_path, search=2)).space, "deblur").encode()
+        train.Crew(engine, toy(tmp_path, search=2), tmp_path, Console(), first={"space.toml": text})
+        other.release(searching.BEGINNING)
+
+    timer = threading.Timer(0.05, begin)
+    timer.start()
+    with pytest.raises(ImgtoolError, match=r"goes on as it began, with --lr 0\.01"):
+        searched(engine, toy(tmp_path, search=2, lr=0.5))
+    timer.join()
+    assert "lr = 0.01" in (tmp_path / train.SETTINGS).read_text()
+
+
+def test_a_folder_counts_as_that_of_a_search_before_it_counts_as_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(samplers, "check", lambda name, parallel: None)
+    monkeypatch.setattr(searching.Search, "go", ended)
+    names: list[str] = []
+    write = files.write
+    monkeypatch.setattr(files, "write", lambda path, data: (names.append(path.name), write(path, data)))
+    with pytest.raises(KeyboardInterrupt):
+        searched(toys(), toy(tmp_path, search=2))
+    assert names[:3] == ["settings.toml", "space.toml", "campaign.json"]
+
+
+def ended(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_other_limits_are_said_to_save_nothing_that_was_rejected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(samplers, "check", lambda name, parallel: None)
+    monkeypatch.setattr(searching.Search, "go", ended)
+    for given in (toy(tmp_path, search=2, max_ms=2), toy(tmp_path, resume=tmp_path, max_ms=3)):
+        assert "stays rejected" not in capsys.readouterr().err
+        with pytest.raises(KeyboardInterrupt):
+            train.run(toys(), given, Console(json=True))
+    assert "limits: 3 ms, before: 2 ms; what was rejected stays rejected" in capsys.readouterr().err
+
+
 def test_ax_is_for_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     with pytest.raises(ImgtoolError, match="Ax proposes in one process") as caught:
@@ -413,8 +535,56 @@ def test_ax_searches_choices_and_numbers(tmp_path: Path, capfd: pytest.CaptureFi
         state = "trained" if point["a"] < 5 else "rejected"
         ax.tell(
             {"trial": trial, "point": point, "status": state, "score": 20 + point["a"], "cpu_ms": point["a"]}
+            | {"measured": True}
         )
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("ax") is None, reason="needs imgtool[search-ax]")
+def test_ax_learns_from_what_was_too_slow() -> None:
+    """What is within costs 1 ms everywhere: that more costs more, only the rejected tell."""
+    asked = samplers.Question({"a": Span(0, 10), "b": Span(0, 1)}, (), Limits(ms=5), "psnr", True, 0)
+    ax = samplers.Ax(asked)
+    trained = 0
+    while trained <= samplers.RANDOM:
+        trial, point = ax.ask()
+        cost = 1.0 if float(point["a"]) < 5 else 20.0
+        state = "trained" if cost < 5 else "rejected"
+        trained += state == "trained"
+        ax.tell(
+            {"trial": trial, "point": point, "status": state, "score": 20 + float(point["a"])}
+            | {"cpu_ms": cost, "measured": True}
+        )
+    ax.ask()
+    cheap, dear = ax._client.predict([{"a": 2.0, "b": 0.5}, {"a": 9.0, "b": 0.5}])
+    assert dear["cpu_ms"][0] > cheap["cpu_ms"][0] + 5
+
+
+@needs_optuna
+@pytest.mark.slow
+def test_a_lost_journal_is_written_again(tmp_path: Path) -> None:
+    asked = samplers.Question({"a": Span(0, 10), "b": Choice(("x", "y"))}, (), Limits(5), "psnr", True, 0)
+    first = samplers.Optuna(asked, tmp_path)
+    states = ["trained", "rejected", "training", "failed", "trained"]
+    every = []
+    for state in states:
+        trial, point = first.ask()
+        row = {"trial": trial, "point": dict(point), "status": state, "score": 20.0 + trial, "cpu_ms": 7.0}
+        every.append(json.loads(json.dumps(row | {"mb": 1.0, "measured": True, "parameters": 0})))
+    (tmp_path / samplers.JOURNAL).unlink()
+    again = samplers.Optuna(asked, tmp_path)
+    for row in [each for each in every if each["status"] != "training"] * 2:
+        again.tell(row)
+    trials = again._study.trials
+    assert [each.state.name for each in trials] == ["COMPLETE", "PRUNED", "FAIL", "FAIL", "COMPLETE"]
+    assert [trials[number].params == every[number]["point"] for number in range(5)] == [
+        True, True, False, True, True,
+    ]  # fmt: skip
+    assert (trials[0].value, trials[4].value, trials[1].constraints) == (20, 24, {"cpu_ms": 2})
+    assert again.ask()[0] == 5
+    again.tell(every[2] | {"status": "trained"})
+    assert again._study.trials[-1].params == every[2]["point"]
 
 
 # --- measuring, and processes ---
@@ -467,6 +637,19 @@ def test_two_processes_search_on_one_journal(
 
 @needs_optuna
 @pytest.mark.slow
+def test_a_process_too_many_is_no_fault(
+    photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "search"
+    assert cli.run(command(photographs, folder, "--search", "1", "--parallel", "2")) == DONE
+    said = capsys.readouterr()
+    assert json.loads(said.out.splitlines()[-1])["trained"] == 1
+    assert "error" not in said.err
+    assert "failed" not in said.err
+
+
+@needs_optuna
+@pytest.mark.slow
 def test_what_a_killed_process_began_goes_on(
     photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -488,6 +671,8 @@ def test_what_a_killed_process_began_goes_on(
     assert len(list((folder / board.FOLDER).glob("trial-000.claim-*"))) == 2
     row = found(folder)[0]
     flags = [f"--{name}={value}" for name, value in row["settings"].items()]
-    assert cli.run([*command(photographs, tmp_path / "alone"), *flags]) == DONE
+    alone = command(photographs, tmp_path / "alone")
+    del alone[(space_at := alone.index("--space")) : space_at + 2]
+    assert cli.run([*alone, *flags]) == DONE
     one, two = load_file(first / "best.safetensors"), load_file(tmp_path / "alone" / "best.safetensors")
     assert all(torch.equal(one[name], two[name]) for name in one)

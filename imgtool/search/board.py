@@ -203,14 +203,19 @@ def _lives(owner: Row) -> bool:
         return False
     except PermissionError:
         pass
-    return owner.get("born", "") in ("", _born(owner["pid"]))  # another process may have got its number
+    born = _born(owner["pid"])
+    return not born or owner.get("born", "") in ("", born)  # another process may have got its number
 
 
 def _born(pid: int) -> str:
-    """Return when a process of this machine began, "" where the system does not tell; proc(5), starttime."""
+    """Return when a process of this machine began, "" where the system does not tell; proc(5), starttime.
+
+    One that has ended, and that nobody has asked how, is "ended".
+    """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2]
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
-    return f"{boot} {fields.split()[19]}"
+    fields = stat.rpartition(")")[2].split()
+    return "ended" if fields[0] in "ZX" else f"{boot} {fields[19]}"

@@ -2,6 +2,8 @@
 
 What a candidate costs is measured before it is trained, so a limit is a limit, and not a wish that a good
 score may outweigh. All that is known stands in the folder: a search is gone on with by whoever opens it.
+
+A candidate that was rejected stays so, even where a search goes on with higher limits.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import io
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +21,7 @@ from imgtool import files
 from imgtool.errors import USAGE, ImgtoolError
 from imgtool.search import gauge
 from imgtool.search.board import ENDED, Board
-from imgtool.search.cost import Cost, Limits
+from imgtool.search.cost import Cost, Limits, Unmeasured
 from imgtool.search.samplers import Question, Row, Sampler, cost
 from imgtool.search.space import Point, taken
 from imgtool.search.task import Structure, Task, key
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 PROPOSALS = 20
 """Candidates proposed at most, for each that is to be trained."""
 FAILURES = 3
-"""Trainings failed in a row, with which the search gives up."""
+"""Trainings failed in a row, or candidates that could not be measured, with which the search gives up."""
 BEST = "best.toml"
 """Settings of the best trial, for ``--config``."""
 ALONE: Mapping[str, Any] = {"search": 0, "space": None, "sampler": "", "parallel": 1, "runs": 1}
@@ -83,12 +85,16 @@ class Search:
         """Open the folder that the processes of a search share."""
         self.board = Board(self.crew.folder)
         self.limits = limits(self.settings)
+        self._unmeasured = 0
 
-    def go(self, sampler: Sampler) -> dict[str, Any]:
+    def go(self, open_sampler: Callable[[], Sampler]) -> dict[str, Any]:
         """Propose, measure and train until as many were trained as the settings say, or none is found.
 
         The folder holds ``search.jsonl`` (a line for each candidate), ``pareto.csv``, ``pareto.json``,
         ``pareto.png`` and ``best.toml``, after every training.
+
+        Args:
+            open_sampler: Returns who proposes; what it claims is held as trials are.
 
         Returns:
             As ``record``.
@@ -97,6 +103,7 @@ class Search:
             ImgtoolError: Nothing within the limits; no training succeeds; nothing can be measured.
         """
         with self.board:
+            sampler = open_sampler()
             for row in self.board.rows():
                 if row["status"] in ENDED:
                     sampler.tell(row)
@@ -124,18 +131,23 @@ class Search:
                 number, point = sampler.ask()
                 if all(row["trial"] != number for row in rows) and self.board.claim(f"trial-{number:03}"):
                     yield self._proposed(number, point)
+                else:
+                    sampler.tell({"trial": number, "point": point, "status": "failed", "cpu_ms": None})
 
     def _left(self, rows: Sequence[Row], full: bool) -> Row | None:
         """Return a trial that was begun and that nobody works on, None where there is none."""
-        for row in rows:
-            if row["status"] in ENDED or (full and not self.board.admitted(row["trial"])):
-                continue
+        for row in self._open(rows, full):
             if self.board.claim(_name(row)):
                 now = next(each for each in self.board.rows() if each["trial"] == row["trial"])
                 if now["status"] not in ENDED:
                     return now
                 self.board.release(_name(row))
         return None
+
+    def _open(self, rows: Sequence[Row], full: bool) -> list[Row]:
+        """Return the trials for which something is left to do, by this process or another."""
+        left = [row for row in rows if row["status"] not in ENDED]
+        return [row for row in left if self.board.admitted(row["trial"])] if full else left
 
     # --- one candidate ---
 
@@ -161,14 +173,20 @@ class Search:
         return row
 
     def _measure(self, row: Row) -> None:
-        """Reject a candidate, let it into training, or let it wait for a longer search where all began."""
-        rows = self.board.rows()
+        """Reject a candidate, let it into training, or let it wait for a longer search where all began.
+
+        Raises:
+            ImgtoolError: Nothing can be measured, or several in a row could not.
+        """
+        rows, hopeless = self.board.rows(), None
         try:
-            net = self.task.structure(self._trial(row))
+            net = self._structure(row)
             row["structure"] = key(net)
             found = self._cost(row["structure"], net, rows)
-        except gauge.Unfit as fault:
+        except (gauge.Unfit, Unmeasured) as fault:
             row |= {"status": "rejected", "why": fault.what}
+            self._unmeasured += isinstance(fault, Unmeasured)
+            hopeless = fault if self._unmeasured >= FAILURES else None
         else:
             row |= found._asdict()
             row["why"] = self.limits.missed(found)
@@ -179,6 +197,19 @@ class Search:
                 row["status"] = "training" if admitted else "waiting"
         self.board.save(row)
         self.crew.say(f"{_name(row)}: " + (f"{row['status']}: {row['why']}" if row["why"] else _costs(row)))
+        if hopeless:
+            raise hopeless
+
+    def _structure(self, row: Row) -> Structure:
+        """Return the shape of a candidate's network.
+
+        Raises:
+            gauge.Unfit: There is none: its settings contradict each other.
+        """
+        try:
+            return self.task.structure(self._trial(row))
+        except ImgtoolError as fault:
+            raise gauge.Unfit(fault.what, fault.hint) from None
 
     def _cost(self, name: str, net: Structure, rows: Sequence[Row]) -> Cost:
         """Return what a network costs, measured once for all trials of the same structure."""
@@ -189,6 +220,7 @@ class Search:
         if self.limits.missed(least):
             return least
         found = self.task.gauge(net, self.limits)
+        self._unmeasured = 0
         return _known(self.board.rows(), name) or found  # another process may have been first
 
     def _repeats(self, row: Row, rows: Sequence[Row]) -> bool:
@@ -204,15 +236,16 @@ class Search:
         """Train a candidate, or go on where its training was interrupted."""
         began = time.monotonic()
         try:
-            found = self.crew.train(self._trial(row), _name(row))
+            found = self._trained(row)
         except ImgtoolError as fault:
-            if not self.board.holds(_name(row)):
-                raise
             row |= {"status": "failed", "why": fault.what}
             if self._gives_up(row, fault):
                 raise
             self.crew.say(f"{_name(row)}: failed: {fault.what}")
         else:
+            if found is None:
+                self.crew.say(f"{_name(row)}: another process took it over")
+                return
             scores = dict(found["best"]["scores"])
             row["metric"], row["score"] = self._score(scores)
             row |= {"status": "trained", "scores": scores, "weights": found["weights"]}
@@ -221,6 +254,16 @@ class Search:
         self.board.save(row)
         if row["status"] == "trained":
             self.report()
+
+    def _trained(self, row: Row) -> Mapping[str, Any] | None:
+        """Return what the training of a candidate found, None where another process has taken it over."""
+        try:
+            found = self.crew.train(self._trial(row), _name(row))
+        except ImgtoolError:
+            if self.board.holds(_name(row)):
+                raise
+            return None
+        return found if self.board.holds(_name(row)) else None
 
     def _score(self, scores: Mapping[str, Any]) -> tuple[str, float]:
         """Return the metric that tells, and its value."""
@@ -252,28 +295,32 @@ class Search:
             "measured", what costs are of; "limits"; "front": for each network on it "trial", "score",
             "scores", "cpu_ms", "mb", "parameters", "settings" and "weights", by CPU time; "best", the one of
             the best score; "selection", what it was chosen by; "config", its settings as a file; "folder".
+            Where others still train and nothing has ended, "front" is empty, "best" and "config" are None.
 
         Raises:
-            ImgtoolError: Nothing was trained.
+            ImgtoolError: Nothing was trained that is within the limits, and nobody trains.
         """
         self.board.write_table()
         rows = self.board.rows()
-        if not _count(rows, "trained"):
+        found = self.report()
+        if left := self._open(rows, self.board.started() >= self.settings.search):
+            how = f"others work on them, or go on with them by --resume {self.crew.folder}"
+            self.crew.say(f"not ended: {', '.join(map(_name, left))}; {how}")
+        elif not found["front"]:
             raise self._nothing(rows)
-        if left := [_name(row) for row in rows if row["status"] == "training"]:
-            how = f"others train them, or go on with them by --resume {self.crew.folder}"
-            self.crew.say(f"not ended: {', '.join(left)}; {how}")
         elif _count(rows, "trained", "failed") < self.settings.search:
             self.crew.say(f"stopped after {len(rows)} candidates: too few are within the limits, or new")
-        return self.report()
+        return found
 
     def _nothing(self, rows: Sequence[Row]) -> ImgtoolError:
+        if _count(rows, "trained"):
+            return ImgtoolError("no trained network is within the limits", "raise --max-ms or --max-mb")
         if failed := [row["why"] for row in rows if row["status"] == "failed"]:
             return ImgtoolError(
                 f"no candidate could be trained: {failed[-1]}", "try a lower --batch, or more data"
             )
         known = [row for row in rows if row["measured"]]
-        seen = "none of them could be measured"
+        seen = f"none of them could be measured: {rows[-1]['why']}" if rows else "there are none"
         if known:
             fastest, smallest = (min(row[name] for row in known) for name in ("cpu_ms", "mb"))
             seen = f"the fastest takes {fastest:.3g} ms, the smallest {smallest:.3g} MB"
@@ -281,11 +328,9 @@ class Search:
         return ImgtoolError(what, "raise --max-ms, --max-mb or --max-parameters")
 
     def report(self) -> dict[str, Any]:
-        """Write the front, its picture and the best settings, and return the record."""
+        """Write the front, its picture and the best settings, where there are any, and return the record."""
         rows = self.board.rows()
         within = [row for row in rows if row["status"] == "trained" and not self._missed(row)]
-        if not within:
-            raise ImgtoolError("no trained network is within the limits", "raise --max-ms or --max-mb")
         sign = -1 if self.engine.higher_is_better else 1
         best = [within[index] for index in front([(row["cpu_ms"], sign * row["score"]) for row in within])]
         names = ("trial", "score", "scores", "cpu_ms", "mb", "parameters", "settings", "weights")
@@ -293,15 +338,17 @@ class Search:
         record = {
             "trials": len(rows),
             **{state: _count(rows, state) for state in ("rejected", "repeated", "failed", "trained")},
-            "metric": best[-1]["metric"],
+            "metric": best[-1]["metric"] if best else self.engine.best,
             "measured": self.task.measured,
             "limits": self.limits._asdict(),
             "selection": self.task.selection,
             "front": shown,
-            "best": shown[-1],
-            "config": str(self.crew.folder / BEST),
+            "best": shown[-1] if best else None,
+            "config": str(self.crew.folder / BEST) if best else None,
             "folder": str(self.crew.folder),
         }
+        if not best:
+            return record
         files.write(self.crew.folder / "pareto.json", json.dumps(record, indent=2).encode())
         files.write(self.crew.folder / "pareto.csv", _table(shown).encode())
         chosen = self._trial(best[-1]).changed(resume=None, out=None)
@@ -311,7 +358,7 @@ class Search:
 
     def _missed(self, row: Row) -> bool:
         found = cost(row)
-        return found is None or bool(self.limits.missed(found))
+        return found is None or not found.measured or bool(self.limits.missed(found))
 
     def _draw(self, rows: Sequence[Row], best: Sequence[int]) -> None:
         from imgtool import plots
@@ -333,8 +380,8 @@ class Search:
 
 
 def _known(rows: Sequence[Row], structure: str) -> Cost | None:
-    """Return what is known of the cost of a structure."""
-    costs = (cost(row) for row in rows if row["structure"] == structure)
+    """Return what was measured of a structure; a bound that was computed says nothing of other limits."""
+    costs = (cost(row) for row in rows if row["structure"] == structure and row["measured"])
     return next((each for each in costs if each is not None), None)
 
 

@@ -1,4 +1,4 @@
-"""What a network costs. Nothing but the standard library: measurements on other machines carry this file."""
+"""What a network costs. Nothing that has to be installed: measurements on other machines carry this file."""
 
 from __future__ import annotations
 
@@ -6,12 +6,18 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+from imgtool.errors import ImgtoolError
+
 CALLS, FEWEST = 40, 5
 """Timed calls in a round at most, and at least."""
 ENOUGH = 0.5
 """CPU seconds after which a round ends."""
 HOPELESS = 20.0
 """A first call that takes so many times the limit is the last."""
+
+
+class Unmeasured(ImgtoolError):
+    """This one network could not be measured: it took too long, or its process was killed."""
 
 
 class Cost(NamedTuple):

@@ -17,7 +17,7 @@ from imgtool import engines
 from imgtool.engine import Engine, Watch
 from imgtool.errors import ImgtoolError
 from imgtool.memory import peak_mb
-from imgtool.search.cost import Cost, cpu_times
+from imgtool.search.cost import Cost, Unmeasured, cpu_times
 from imgtool.settings import Settings, make
 
 SIDE = 512
@@ -32,10 +32,6 @@ ONE_THREAD = {**dict.fromkeys(_COUNTS, "1"), "OMP_WAIT_POLICY": "PASSIVE"}
 
 class Unfit(ImgtoolError):
     """There is no such network: its settings contradict each other."""
-
-
-class Unmeasured(ImgtoolError):
-    """This one network could not be measured: it was too slow, or its process was killed."""
 
 
 def structure(engine: Engine, settings: Settings) -> dict[str, Any]:

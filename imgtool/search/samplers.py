@@ -214,19 +214,42 @@ class Optuna:
         """Take up what is known of a trial; see ``Sampler``."""
         states = self._optuna.trial.TrialState
         known, number = self._asked.pop(row["trial"], None), row["trial"]
-        if number >= len(self._study.get_trials(deepcopy=False)):  # the journal was lost
-            return
-        excess = self._excess(row)
         with _quiet():
-            if known is not None:
-                for name, value in excess.items():
-                    known.set_constraint(name, value)
+            if known is None and not self._written(row):
+                self._write(row)
+                return
+            for name, value in self._excess(row).items() if known is not None else ():
+                known.set_constraint(name, value)
             if row["status"] in ("trained", "repeated"):
                 self._study.tell(number, row["score"], skip_if_finished=True)
             elif row["status"] == "failed" or known is None:
                 self._study.tell(number, state=states.FAIL, skip_if_finished=True)
             else:
                 self._study.tell(number, state=states.PRUNED, skip_if_finished=True)
+
+    def _written(self, row: Row) -> bool:
+        """Tell whether the journal holds a trial by its number: it may have been lost."""
+        trials = self._study.get_trials(deepcopy=False)
+        return row["trial"] < len(trials) and bool(trials[row["trial"]].params == row["point"])
+
+    def _write(self, row: Row) -> None:
+        """Add a trial that has ended to a journal that does not know it, by its number where that is free."""
+        trials = self._study.get_trials(deepcopy=False)
+        if any(each.params == row["point"] for each in trials):
+            return
+        states, create = self._optuna.trial.TrialState, self._optuna.trial.create_trial
+        for _ in range(len(trials), row["trial"]):
+            self._study.add_trial(create(state=states.FAIL))
+        ended = {"failed": states.FAIL, "rejected": states.PRUNED}.get(row["status"], states.COMPLETE)
+        self._study.add_trial(
+            create(
+                state=ended,
+                value=row["score"] if ended == states.COMPLETE else None,
+                params=dict(row["point"]),
+                distributions=self._space,
+                constraints=self._excess(row),
+            )
+        )
 
     def _excess(self, row: Row) -> dict[str, float]:
         found = cost(row)

@@ -26,7 +26,7 @@ class Task:
         structure: Settings of a trial to all that the cost of its network depends on; raises
             ``ImgtoolError`` where there is no such network.
         gauge: ``(structure, limits) -> cost``; raises ``gauge.Unfit`` where the network cannot be built,
-            ``gauge.Unmeasured`` where this one cannot be measured, and ``ImgtoolError`` where none can.
+            ``cost.Unmeasured`` where this one cannot be measured, and ``ImgtoolError`` where none can.
         measured: What is measured, in words.
         settings: Values of the space to settings of a training; without it they are settings themselves.
         fixed: Settings of all trainings.

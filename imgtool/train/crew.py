@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from imgtool import files
@@ -26,7 +27,14 @@ class Crew:
     """What an engine that trains many times is given: one training at a time, and words for the user."""
 
     def __init__(
-        self, engine: Engine, settings: Train, folder: Path, console: Console, *, joined: bool = False
+        self,
+        engine: Engine,
+        settings: Train,
+        folder: Path,
+        console: Console,
+        *,
+        joined: bool = False,
+        first: Mapping[str, bytes] = MappingProxyType({}),
     ) -> None:
         """Record the settings in the campaign's folder, so that --resume and --config find them.
 
@@ -36,6 +44,7 @@ class Crew:
             folder: Of the campaign.
             console: Where words go.
             joined: The folder is that of others' campaign, which has its record.
+            first: Name to content of what a folder holds before it counts as a campaign's.
         """
         self.folder = folder
         self._engine, self._console = engine, console
@@ -43,6 +52,8 @@ class Crew:
         self.config = folder / SETTINGS
         if not joined:
             files.write(self.config, to_toml(record, "train", engine.name).encode())
+            for name, content in first.items():
+                files.write(folder / name, content)
             files.write(folder / CAMPAIGN, json.dumps({"engine": engine.name}).encode())
 
     def say(self, text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from imgtool import dist, files, repeat
 from imgtool.engine import Engine
 from imgtool.errors import DONE, FAILED, USAGE, ImgtoolError
 from imgtool.search import samplers, space
+from imgtool.search.board import Board
 from imgtool.search.campaign import Search, limits, question
 from imgtool.search.task import Task, usual
 from imgtool.settings import Train, make, table
@@ -29,6 +31,10 @@ EXTENT = ("search", "max_ms", "max_mb", "max_parameters")
 """Settings by which a search is extended: whoever joins it later takes the latest."""
 CONTROLLER = "controller"
 """What Ax's one process claims."""
+BEGINNING = "beginning"
+"""What the process claims that begins a search."""
+MOMENT = 0.1
+"""Seconds between two looks whether it has."""
 
 
 def check_same(begun: Train, wanted: Train) -> None:
@@ -92,14 +98,11 @@ def run(engine: Engine, settings: Train, folder: Path, console: Console) -> int:
         KeyboardInterrupt: After the states were saved.
     """
     found = task(engine, settings)
-    text = space.to_toml(found.space, engine.name).encode()
-    begun = folder / SPACE
-    if begun.exists() and files.read(begun) != text:
-        what = f"the search in {folder} was begun with another space"
-        raise ImgtoolError(what, f"{begun} holds it: leave out --space, or begin anew", USAGE)
-    kept = _kept(engine, settings, folder)
-    crew = Crew(engine, kept or settings, folder, console, joined=bool(settings.resume) and kept is None)
-    files.write(begun, text)
+    crew = _begun(engine, settings, folder, found, console)
+    if crew is None:  # another process began it meanwhile: join in
+        from imgtool import train
+
+        return train.run(engine, settings.changed(out=folder), console)
     search = Search(engine, settings, crew, found)
     if settings.parallel > 1:
         every = {f"worker-{number}": settings for number in range(settings.parallel)}
@@ -109,21 +112,42 @@ def run(engine: Engine, settings: Train, folder: Path, console: Console) -> int:
             console.warn(f"{', '.join(failed)} failed; the others did the work")
             failed = {}
     else:
-        failed, record = {}, search.go(_sampler(engine, settings, found, search))
+        failed, record = {}, search.go(lambda: _sampler(engine, settings, found, search))
     console.result(record, _text(record))
     if failed:
         console.warn(f"failed: {', '.join(failed)}; go on with the search by --resume {folder}")
     return FAILED if failed else DONE
 
 
-def _kept(engine: Engine, settings: Train, folder: Path) -> Train | None:
-    """Return what the record of a search that goes on must say from now on, None where it says so."""
-    if not settings.resume:
-        return None
-    path = folder / SETTINGS
-    begun = make(type(settings), table(path, "train", engine.name), str(path))
+def _begun(engine: Engine, settings: Train, folder: Path, found: Task, console: Console) -> Crew | None:
+    """Begin a search, or go on with it; None where another process has begun it at the same time.
+
+    The space is written last but for the mark of a campaign: where it is, others may join.
+    """
+    path, text = folder / SPACE, space.to_toml(found.space, engine.name).encode()
+    if settings.resume:
+        return _resumed(engine, settings, path, text, console)
+    board = Board(folder)
+    with board:
+        while not (path.exists() or board.claim(BEGINNING)):
+            time.sleep(MOMENT)
+        if path.exists():
+            return None
+        return Crew(engine, settings, folder, console, first={SPACE: text})
+
+
+def _resumed(engine: Engine, settings: Train, path: Path, text: bytes, console: Console) -> Crew:
+    """Go on with a search, whose record then has the latest extent of it."""
+    folder = path.parent
+    if path.exists() and files.read(path) != text:
+        what = f"the search in {folder} was begun with another space"
+        raise ImgtoolError(what, f"{path} holds it: leave out --space, or begin anew", USAGE)
+    record = folder / SETTINGS
+    begun = make(type(settings), table(record, "train", engine.name), str(record))
     now = begun.changed(**{name: getattr(settings, name) for name in EXTENT})
-    return None if now == begun else now
+    if limits(begun) != limits(now):
+        console.say(f"limits: {limits(now)}, before: {limits(begun)}; what was rejected stays rejected")
+    return Crew(engine, now, folder, console, joined=now == begun and path.exists(), first={SPACE: text})
 
 
 def _sampler(engine: Engine, settings: Train, found: Task, search: Search) -> samplers.Sampler:
@@ -141,6 +165,8 @@ def _text(record: Mapping[str, Any]) -> str:
     """Return a record in lines for people."""
     best = record["best"]
     counts = ", ".join(f"{record[name]} {name}" for name in ("trained", "rejected", "repeated", "failed"))
+    if best is None:
+        return f"trials: {counts}\nfolder: {record['folder']}"
     return "\n".join(
         [
             *(_corner(each, record["metric"]) for each in record["front"]),

@@ -25,8 +25,9 @@ from imgtool.engines.awb.engine import ENGINE
 from imgtool.engines.awb.settings import Train
 from imgtool.errors import FAILED, USAGE, ImgtoolError
 from imgtool.search import campaign, samplers, space
+from imgtool.search.board import Board
 from imgtool.search.campaign import Search
-from imgtool.search.cost import Cost, Limits
+from imgtool.search.cost import Cost, Limits, Unmeasured
 from imgtool.train import searching
 
 CHEAP = {"channels": [16, 16, 16], "kernels": [3, 3, 3], "strides": [3, 3, 1], "widths": [30, 10]} | {
@@ -50,6 +51,9 @@ class List:
 
     def __init__(self, points: Sequence[Mapping[str, float]], begin: int = 0) -> None:
         self.points, self.next, self.told = list(points), begin, []
+
+    def __call__(self) -> List:
+        return self
 
     def ask(self) -> tuple[int, Mapping[str, float]]:
         self.next += 1
@@ -161,6 +165,121 @@ def test_nothing_within_the_budget_is_said_with_the_smallest_figures(tmp_path: P
         begin(settings(1), crew, Gauge()).go(List(sized(*range(60, 40, -1))))
     assert "--max-ms" in caught.value.hint
     assert not crew.trained
+
+
+def refusing(gauge: Gauge, fault: ImgtoolError, *channels: int) -> Callable[[Any, Limits], Cost]:
+    """The gauge, which raises for networks whose first block has so many channels."""
+
+    def measured(net: measure.Structure, limits: Limits) -> Cost:
+        if net["channels"][0] in channels:
+            gauge.asked.append(net)
+            raise fault
+        return gauge(net, limits)
+
+    return measured
+
+
+def test_what_cannot_be_measured_is_rejected_and_the_search_goes_on(tmp_path: Path) -> None:
+    crew, gauge = Crew(tmp_path), Gauge()
+    found = begin(settings(2), crew, gauge)
+    broken = refusing(gauge, Unmeasured("measuring ended: killed"), 20, 22, 24, 26)
+    found.task = dataclasses.replace(found.task, gauge=broken)
+    record = found.go(List(sized(20, 22, 30, 24, 26, 32)))
+    assert [row["status"] for row in rows(tmp_path)] == [*["rejected"] * 2, "trained"] * 2
+    assert rows(tmp_path)[0]["why"] == "measuring ended: killed"
+    assert (record["rejected"], record["trained"]) == (4, 2)
+
+
+def test_several_that_cannot_be_measured_end_the_search_which_can_go_on(tmp_path: Path) -> None:
+    gauge = Gauge()
+    found = begin(settings(1), Crew(tmp_path), gauge)
+    broken = refusing(gauge, Unmeasured("measuring ended: killed"), 20, 22, 24)
+    found.task = dataclasses.replace(found.task, gauge=broken)
+    with pytest.raises(ImgtoolError, match="killed"):
+        found.go(List(sized(20, 22, 24, 30)))
+    assert len(gauge.asked) == 3
+    again = begin(settings(1), Crew(tmp_path), gauge)
+    again.task = found.task
+    assert again.go(List(sized(30), 3))["trained"] == 1
+    assert len(gauge.asked) == 4
+
+
+def test_a_machine_that_measures_nothing_rejects_nothing(tmp_path: Path) -> None:
+    found = begin(settings(1), Crew(tmp_path), Gauge())
+    broken = refusing(Gauge(), ImgtoolError("ssh cannot reach pi"), 20)
+    found.task = dataclasses.replace(found.task, gauge=broken)
+    with pytest.raises(ImgtoolError, match="ssh cannot reach pi"):
+        found.go(List(sized(20)))
+    assert [row["status"] for row in rows(tmp_path)] == ["measuring"]
+    begin(settings(1), Crew(tmp_path), Gauge()).go(List([]))
+    assert [row["status"] for row in rows(tmp_path)] == ["trained"]
+
+
+def test_values_that_do_not_fit_together_are_rejected(tmp_path: Path) -> None:
+    found = begin(settings(1), Crew(tmp_path), Gauge())
+    wrong = lambda values: search.parameters(values) | {"steps": 0 if values["lr"] == 2e-3 else 5}  # noqa: E731
+    found.task = dataclasses.replace(found.task, settings=wrong)
+    found.go(List([point(lr=2e-3), point()]))
+    assert [row["status"] for row in rows(tmp_path)] == ["rejected", "trained"]
+    assert "steps" in rows(tmp_path)[0]["why"]
+
+
+def test_a_computed_bound_is_no_measurement(tmp_path: Path) -> None:
+    huge = {"halves": 2, "stride1": 1, "stride2": 1, "channels2": 250, "channels3": 256, "reach3": 3}
+    gauge = Gauge()
+    with pytest.raises(ImgtoolError, match="none of 20 candidates"):
+        begin(settings(1), Crew(tmp_path), gauge).go(List([point(**huge)] * 20))
+    assert not gauge.asked
+    record = begin(Train(search=2, max_ms=1e3, max_mb=1e3), Crew(tmp_path), gauge).go(
+        List([point(**huge, lr=lr) for lr in (2e-3, 3e-3)], 20)
+    )
+    assert len(gauge.asked) == 1
+    assert record["best"]["mb"] == 500  # as it was measured
+    for path in (tmp_path / "trials").glob("0*.json"):
+        path.write_text(path.read_text().replace('"measured": true', '"measured": false'))
+    assert begin(Train(search=2, max_ms=1e3, max_mb=1e3), Crew(tmp_path), gauge).report()["front"] == []
+
+
+# --- beside others ---
+
+
+def test_who_finds_all_places_taken_ends_without_a_fault(tmp_path: Path) -> None:
+    helper, records = Crew(tmp_path), []
+
+    def meanwhile(trial: Train) -> float:
+        records.append(begin(settings(1), helper, Gauge()).go(List([])))
+        return 3.0
+
+    assert begin(settings(1), Crew(tmp_path, meanwhile), Gauge()).go(List([point()]))["trained"] == 1
+    assert (records[0]["front"], records[0]["best"], records[0]["config"]) == ([], None, None)
+    assert "not ended: trial-000" in helper.said[0]
+    assert not helper.trained
+
+
+def test_what_another_process_took_over_is_left_to_it(tmp_path: Path) -> None:
+    def overslept(trial: Train) -> float:
+        (tmp_path / "trials" / "trial-000.claim-1").write_text(
+            '{"host": "elsewhere", "pid": 1, "token": "x"}'
+        )
+        return 3.0
+
+    crew, sampler = Crew(tmp_path, overslept), List([point()])
+    assert begin(settings(1), crew, Gauge()).go(sampler)["best"] is None
+    assert [row["status"] for row in rows(tmp_path)] == ["training"]
+    assert "trial-000: another process took it over" in crew.said
+    assert not sampler.told
+
+
+def test_what_a_sampler_claims_is_given_back_when_it_cannot_begin(tmp_path: Path) -> None:
+    found = begin(settings(1), Crew(tmp_path), Gauge())
+
+    def claims() -> List:
+        assert found.board.claim("controller")
+        raise ImgtoolError("Ax does not start")
+
+    with pytest.raises(ImgtoolError, match="Ax does not start"):
+        found.go(claims)
+    assert Board(tmp_path).claim("controller")
 
 
 # --- the trials ---
@@ -331,7 +450,7 @@ def test_ax_searches_and_says_nothing(tmp_path: Path, capfd: pytest.CaptureFixtu
     gauge = Gauge()
     again = begin(settings(3), Crew(tmp_path, lambda trial: trial.neurons / 50), gauge)
     asked = campaign.question(ENGINE, again.settings, again.task)
-    record = again.go(samplers.Ax(asked, 2))
+    record = again.go(lambda: samplers.Ax(asked, 2))
     assert record["trained"] == 3
     assert record["trials"] >= 4
     found = [row["point"] for row in rows(tmp_path)]
@@ -452,12 +571,13 @@ def test_what_another_machine_lacks_is_one_clear_line(host: Path, text: str, mes
     with pytest.raises(ImgtoolError, match=message) as caught:
         measure.there(CHEAP, 10, "pi")
     assert caught.value.hint
+    assert isinstance(caught.value, Unmeasured) == ("137" in text)  # the others are of the machine
 
 
 def test_a_machine_without_an_answer_is_given_up(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program(host, "ssh", "exec sleep 30\n")
     monkeypatch.setattr(measure, "PATIENCE", 0.2)
-    with pytest.raises(ImgtoolError, match=r"more than 0\.2 s"):
+    with pytest.raises(Unmeasured, match=r"more than 0\.2 s"):
         measure.there(CHEAP, 10, "pi")
     monkeypatch.setenv("PATH", str(host / "none"))
     with pytest.raises(ImgtoolError, match="ssh is not installed"):

@@ -19,7 +19,7 @@ from typing import Any
 
 from imgtool.errors import USAGE, ImgtoolError
 from imgtool.memory import peak_mb
-from imgtool.search.cost import Cost, cpu_times
+from imgtool.search.cost import Cost, Unmeasured, cpu_times
 
 Structure = Mapping[str, Any]
 """A network's shape: "channels", "kernels" and "strides" of the blocks, "widths" of the MLP's hidden layers,
@@ -136,7 +136,8 @@ def here(net: Structure, max_ms: float) -> Cost:
         max_ms: Limit in ms; what misses it by far is measured less exactly.
 
     Raises:
-        ImgtoolError: The process ended without an answer.
+        Unmeasured: The process ended without an answer.
+        ImgtoolError: NumPy is missing.
     """
     order = json.dumps({"net": net, "max_ms": max_ms})
     return _cost(net, _talk([sys.executable, "-m", _MODULE], order, "this machine"), "this machine")
@@ -153,6 +154,7 @@ def there(net: Structure, max_ms: float, host: str) -> Cost:
         host: ``[user@]host``, or a name in ssh's configuration.
 
     Raises:
+        Unmeasured: The process there took too long, or ended without an answer.
         ImgtoolError: Code 2, for what is no host; code 1, where there is no ssh, or the host cannot be
             reached, lacks python3 or NumPy, or answers anything else than what it was asked.
     """
@@ -179,7 +181,7 @@ def _talk(command: Sequence[str], message: str, host: str) -> str:
     except FileNotFoundError:
         raise ImgtoolError(f"{command[0]} is not installed", "install the client of OpenSSH") from None
     except subprocess.TimeoutExpired:
-        raise ImgtoolError(
+        raise Unmeasured(
             f"measuring on {host} took more than {PATIENCE} s",
             "a smaller --max-ms ends sooner what is too slow",
         ) from None
@@ -192,13 +194,13 @@ def _talk(command: Sequence[str], message: str, host: str) -> str:
 def _fault(code: int, words: str, host: str) -> ImgtoolError:
     said = next((line for line in reversed(words.splitlines()) if line.strip()), f"code {code}")
     if host == "this machine":
-        return ImgtoolError(f"measuring ended: {said}", "a killed process lacked memory: lower --max-mb")
+        return Unmeasured(f"measuring ended: {said}", "a killed process lacked memory: lower --max-mb")
     if code == 255:
         hint = f"ssh -o BatchMode=yes {host} true has to work: with a key, and a host that is known"
         return ImgtoolError(f"ssh cannot reach {host}: {said}", hint)
     if code == 127:
         return ImgtoolError(f"there is no python3 on {host}: {said}", "install python3 and NumPy there")
-    return ImgtoolError(f"measuring on {host} ended: {said}", "it needs python3 and NumPy there")
+    return Unmeasured(f"measuring on {host} ended: {said}", "it needs python3 and NumPy there")
 
 
 def _cost(net: Structure, line: str, host: str) -> Cost:

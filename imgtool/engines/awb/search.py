@@ -16,7 +16,7 @@ from imgtool.engines.awb.measure import Structure
 from imgtool.engines.awb.settings import Model, Train
 from imgtool.errors import USAGE, ImgtoolError
 from imgtool.search import gauge, space
-from imgtool.search.cost import CALLS, Cost, Limits
+from imgtool.search.cost import CALLS, Cost, Limits, Unmeasured
 from imgtool.search.space import Span
 from imgtool.search.task import Task
 from imgtool.settings import make
@@ -102,7 +102,7 @@ def untrained(net: Structure) -> Cost:
 
     Raises:
         gauge.Unfit: There is no such network.
-        ImgtoolError: The process ended without an answer.
+        Unmeasured: The process ended without an answer.
     """
     from imgtool import checkpoint
     from imgtool.engines.awb import model, worker
@@ -116,7 +116,12 @@ def untrained(net: Structure) -> Cost:
     with tempfile.TemporaryDirectory(prefix="imgtool-") as folder:
         path = Path(folder, "untrained.safetensors")
         checkpoint.save_weights(path, ENGINE, shape, built.state_dict(), {})
-        found = worker.ask({"task": "core", "weights": str(path), "runtime": "numpy", "frames": CALLS})
+        try:
+            found = worker.ask({"task": "core", "weights": str(path), "runtime": "numpy", "frames": CALLS})
+        except ImgtoolError as fault:
+            raise Unmeasured(fault.what, fault.hint) from None
+        except RuntimeError as fault:  # such as too little memory
+            raise Unmeasured(str(fault).splitlines()[-1]) from None
     count = sum(each.numel() for each in built.parameters())
     return Cost(found["core"]["p95"], found["peak_mb"], parameters=count)
 
