@@ -691,7 +691,7 @@ def test_a_file_that_may_not_be_read_is_in_the_way(tmp_path: Path, monkeypatch: 
 def test_ctrl_c_ends_a_fetch_at_once_and_what_came_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    objects = {f"p/{number:03}": b"1" * 1000 for number in range(200)}
+    objects = {f"p/{number:03}": b"1" * 1000 for number in range(900)}
     with gcs.serve(objects) as bucket:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", bucket.url)
         code = "import sys; from imgtool.cli import run\n"
@@ -700,12 +700,10 @@ def test_ctrl_c_ends_a_fetch_at_once_and_what_came_is_kept(
         child = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stderr=subprocess.PIPE)
         while len(list(tmp_path.glob("???"))) < 40:
             time.sleep(0.01)
-        bucket.latency = 20
+        bucket.latency = 300
         time.sleep(0.5)
         child.send_signal(signal.SIGINT)
-        begun = time.monotonic()
-        _, said = child.communicate()
-        assert time.monotonic() - begun < 3
+        _, said = child.communicate(timeout=60)  # no request that runs is waited for
         assert (child.returncode, said.splitlines()[-1]) == (130, b"interrupted")
         there = len(list(tmp_path.glob("???")))
         bucket.latency = 0
