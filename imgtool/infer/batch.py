@@ -137,11 +137,20 @@ class Batch:
             self._take_back(path)
             self.manifest = manifest.Manifest(path)
         if self.manifest and self.table and self.settings.skip_existing:
-            known = {plain(job.item.name): job.place for job in self.jobs if job.place}
-            for name, row in self.manifest.rows.items():
-                if name in known and self.names[known[name]] not in self.table.rows:
-                    self._unsaved = self.names[known[name]]
-                    self.table.rows[self._unsaved] = row
+            self._take_rows()
+
+    def _take_rows(self) -> None:
+        """Take back rows of the table that an earlier run wrote into the manifest alone."""
+        from imgtool.runner.manifest import known_as
+
+        assert self.manifest is not None
+        assert self.table is not None
+        places = {known_as(plain(job.item.name)): job.place for job in self.jobs if job.place}
+        for name, row in self.manifest.rows.items():
+            place = places.get(known_as(name))
+            if place and self.names[place] not in self.table.rows:
+                self._unsaved = self.names[place]
+                self.table.rows[self._unsaved] = row
 
     def close(self) -> None:
         """Write the rest of the table, close the manifest, and send both to where they belong, once.

@@ -65,9 +65,9 @@ class Manifest:
             if line.get("row"):
                 self.rows[line["input"]] = line["row"]
             if line.get("status") == "begun" or line.get("begun"):
-                self._begun.add(_known_as(line["input"]))
+                self._begun.add(known_as(line["input"]))
             elif line.get("status") == "done":
-                self._begun.discard(_known_as(line["input"]))
+                self._begun.discard(known_as(line["input"]))
         size = self._file.seek(0, os.SEEK_END)
         if size:
             self._file.seek(size - 1)
@@ -118,7 +118,7 @@ class Manifest:
 
         It is the same input by whatever path it is named.
         """
-        return _known_as(plain(item.name)) in self._begun
+        return known_as(plain(item.name)) in self._begun
 
     def close(self) -> None:
         """Have the file on the disk, and close it."""
@@ -127,7 +127,7 @@ class Manifest:
         self._file.close()
 
 
-def _known_as(name: str) -> str:
+def known_as(name: str) -> str:
     """Return a URL as it is, or the one path of a file of many names."""
     if names.is_url(name):
         return name
