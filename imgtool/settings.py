@@ -398,9 +398,7 @@ class Fetch(Settings):
     """Download a folder from a bucket or the web: in parallel, checked, and resumed where it stopped."""
 
     example: ClassVar[str] = "imgtool data fetch s3://bucket/photos -o photos"
-    url: str = setting(
-        ..., "Folder or file: gs://, s3://, hf:// or https://.", panel=FILES, argument=True, min_length=1
-    )
+    url: str = setting(..., "Folder or file: gs://, s3://, hf:// or https://.", panel=FILES, argument=True)
     out: Path = setting(..., "Folder for the files and their manifest.", panel=FILES, short="-o")
     suffix: tuple[str, ...] = setting((), "Only files that end so, such as .jpg.", panel=FILES)
     force: bool = setting(
