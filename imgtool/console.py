@@ -9,7 +9,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -190,6 +190,25 @@ class Console:
             return
         with _progress() as progress:
             yield Bar(progress, progress.add_task(label, total=total, text=""))
+
+    @contextmanager
+    def counted(self, label: str) -> Iterator[Callable[[int, int], None]]:
+        """Draw a bar as ``progress`` for work that tells how much of how much is finished.
+
+        Yields:
+            A function of the number finished and the number in all.
+        """
+        with self.progress(100, label) as bar:
+            percent = 0
+
+            def done(finished: int, total: int) -> None:
+                nonlocal percent
+                now = 100 * finished // max(total, 1)
+                bar.advance(now - percent)
+                bar.update(f"{finished}/{total}")
+                percent = now
+
+            yield done
 
 
 def _progress() -> Progress:

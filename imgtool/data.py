@@ -39,16 +39,7 @@ def run(engine: Engine | None, action: str, settings: Settings, console: Console
 
         compute.use_threads(settings.threads)
     work: Any = engine.actions[action] if engine else ACTIONS[action]
-    with console.progress(100, f"data {_words(engine, action, settings)}") as bar:
-        percent = 0
-
-        def done(finished: int, total: int) -> None:
-            nonlocal percent
-            now = 100 * finished // max(total, 1)
-            bar.advance(now - percent)
-            bar.update(f"{finished}/{total}")
-            percent = now
-
+    with console.counted(f"data {_words(engine, action, settings)}") as done:
         record = work(settings, Watch(done, console.say))
     faults = record.get("faults")
     text = record.get("text")  # the same, as people like to read it

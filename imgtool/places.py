@@ -61,16 +61,7 @@ def mirror(url: str, console: Console) -> Path:
     """Return the copy of a URL in the cache, fetched or refreshed now."""
     from imgtool.buckets import fetch
 
-    with console.progress(100, f"fetch {names.public(url)}") as bar:
-        percent = 0
-
-        def done(finished: int, total: int) -> None:
-            nonlocal percent
-            now = 100 * finished // max(total, 1)
-            bar.advance(now - percent)
-            bar.update(f"{finished}/{total}")
-            percent = now
-
+    with console.counted(f"fetch {names.public(url)}") as done:
         copy = fetch.mirror(url, console.say, done)
     names.call(copy, url)
     return copy
