@@ -23,6 +23,7 @@ from torch import nn
 from imgtool import compute
 from imgtool.engine import TileFacts, Watch
 from imgtool.errors import USAGE, ImgtoolError
+from imgtool.memory import give_back
 
 if TYPE_CHECKING:
     from imgtool.engine import Pixels
@@ -356,10 +357,13 @@ def run(
     if plan.strength == 0:
         return image.copy(), 0, 0
     out = np.empty_like(image)
-    count, edge = walk(
-        lambda tile: compute_tile(net, image, tile, plan.strength, start), out, plan, facts, watch
-    )
-    return out, count, edge
+
+    def made(tile: Tile) -> npt.NDArray[np.float32]:
+        core = compute_tile(net, image, tile, plan.strength, start)
+        give_back()  # or the heap grows from tile to tile, by as much as half of what one takes
+        return core
+
+    return out, *walk(made, out, plan, facts, watch)
 
 
 def walk(

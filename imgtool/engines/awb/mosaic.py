@@ -6,7 +6,6 @@ of interpreter and libraries, or the one of ``imgtool.decoder`` where forking is
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import json
 import os
@@ -28,7 +27,7 @@ from imgtool import raw as render
 from imgtool.engines.awb.camera import DAYLIGHT, GENERIC, Camera, Locus
 from imgtool.engines.awb.stats import SATURATED, AwbStats, Grid, of_samples, saturation
 from imgtool.errors import FAILED, ImgtoolError
-from imgtool.memory import resident_mb
+from imgtool.memory import give_back, resident_mb
 
 if TYPE_CHECKING:
     import rawpy
@@ -96,8 +95,7 @@ def _asked(path: Path, timeout: float) -> bytes:
 def _forked(path: Path, timeout: float) -> bytes:
     """Decode in a fork of this process, which is made as small as it gets before."""
     gc.collect()
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)  # glibc's; elsewhere the heap stays as it is
+    give_back()
     reader, writer = os.pipe()
     with warnings.catch_warnings():
         # Python 3.12 warns of forking among threads, such as those of OpenBLAS; the child starts none.

@@ -32,15 +32,15 @@ def tile_facts(net: nn.Module) -> TileFacts:
     """Return what cutting may assume.
 
     Bytes per pixel are the growth of VmHWM in a fresh process, float32, one and two threads. The
-    lite network itself needs 270 (a photo of 1080p taken whole); tile after tile, glibc's heap
-    grows to between 560 (tiles of 1024 and halo) and 720 (tiles of 512), and giving memory back
-    after each tensor would cost 1.7 times the CPU time. The original network: 900 to 1000, whole.
+    lite network itself needs 270 (a photo of 1080p taken whole); with what glibc's heap holds besides
+    it takes 400 to 575 (tiles of 500 to 700 and their halos, ten runs of each), where the heap is given
+    back after each tile, and more than 640 where it is not. The original network: 900 to 1000, whole.
     """
     if isinstance(net, port.Ported):
         return net.tiles
     if isinstance(net, model.UNetSeed):
         return TileFacts(net.multiple, local=False, bytes_per_pixel=1000, reason=WHOLE)
-    return TileFacts(model.UNetLite.multiple, halo=model.HALO, border=port.BORDER, bytes_per_pixel=720)
+    return TileFacts(model.UNetLite.multiple, halo=model.HALO, border=port.BORDER, bytes_per_pixel=640)
 
 
 def load(settings: Train) -> tuple[data.Samples, data.Samples]:
