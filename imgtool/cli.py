@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, NoReturn
 
 import typer
@@ -85,7 +86,8 @@ def perform(command: Command, given: Mapping[str, Any]) -> int:
     console = Console(json=bool(given["json"]), quiet=quiet, verbose=bool(given["verbose"]))
     preset = given.get("preset") or ""
     flagged = _given(command.settings, given)
-    settings = resolve(command.settings, command.verb, command.table, flagged, given["config"], preset)
+    config = _config(given["config"], console)
+    settings = resolve(command.settings, command.verb, command.table, flagged, config, preset)
     _limit_threads(settings)
     console.say(f"imgtool {command.words}: starting")
     verb = importlib.import_module(f"imgtool.{command.verb}")
@@ -103,6 +105,16 @@ def perform(command: Command, given: Mapping[str, Any]) -> int:
     with _local(settings, console) as settings:
         code: int = verb.run(*subject, settings, console)
     return code
+
+
+def _config(named: Path | None, console: Console) -> Path | None:
+    """Return the settings file to read: a copy, where ``--config`` or ``IMGTOOL_CONFIG`` names a URL."""
+    found = named or os.environ.get("IMGTOOL_CONFIG", "")
+    if not names.is_url(found):
+        return named
+    from imgtool import places
+
+    return places.mirror(names.url(found), console)
 
 
 def _plan(verb: Any, subject: Sequence[Any], settings: Settings) -> Mapping[str, object]:
@@ -142,7 +154,14 @@ def _limit_threads(settings: Settings) -> None:
 
 
 def _show(command: Command, settings: Settings, plan: Mapping[str, object], console: Console) -> int:
-    """Print what ``--dry-run`` found: TOML that ``--config`` reads, the plan as its comments."""
+    """Print what ``--dry-run`` found: TOML that ``--config`` reads, the plan as its comments.
+
+    URLs are printed as records have them.
+    """
+    if settings.elsewhere:
+        from imgtool import places
+
+        settings, plan = places.shown(settings, plan)
     record = {
         "verb": command.verb,
         "engine": command.engine,

@@ -33,7 +33,7 @@ def _words(engine: Engine | None, action: str, settings: Settings) -> str:
 
 
 def run(engine: Engine | None, action: str, settings: Settings, console: Console) -> int:
-    """Run one action; its record is the result, and any fault in it means exit code 1."""
+    """Run one action; its record is the result, its warnings are said, any fault means exit code 1."""
     if isinstance(settings, Data):
         from imgtool import compute
 
@@ -41,13 +41,15 @@ def run(engine: Engine | None, action: str, settings: Settings, console: Console
     work: Any = engine.actions[action] if engine else ACTIONS[action]
     with console.counted(f"data {_words(engine, action, settings)}") as done:
         record = work(settings, Watch(done, console.say))
-    faults = record.get("faults")
+    faults, warnings = record.get("faults"), record.get("warnings", ())
     text = record.get("text")  # the same, as people like to read it
     record = {name: value for name, value in record.items() if name != "text"}
-    shown = {name: value for name, value in record.items() if name != "faults"}
+    shown = {name: value for name, value in record.items() if name not in ("faults", "warnings")}
     lines = [text] if isinstance(text, str) else list(_lines(shown))
     lines += [f"fault: {fault}" for fault in faults] if isinstance(faults, list) else []
     console.result(record, "\n".join(lines))
+    for warning in warnings:
+        console.warn(warning)
     return FAILED if faults else DONE
 
 

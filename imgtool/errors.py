@@ -25,3 +25,7 @@ class ImgtoolError(Exception):
     def __reduce__(self) -> tuple[type["ImgtoolError"], tuple[str, str, int]]:
         """Survive the way through a pipe from a child process."""
         return type(self), (self.what, self.hint, self.code)
+
+
+class Fatal(ImgtoolError):
+    """What ends a whole batch: the inputs that are left would meet it too."""

@@ -125,8 +125,9 @@ def read(source: Path) -> bytes:
 
 def _blank(target: Path) -> Path:
     """Make an empty hidden file beside the target, its permissions those of any new file."""
-    # A short name of its own, for the target's may already be as long as the file system allows.
-    temporary = target.with_name(f".imgtool-{os.urandom(8).hex()}{target.suffix[:8]}")
+    # A short name of its own, for the target's may already be as long as the file system allows. It tells
+    # whose it is, should that process be killed.
+    temporary = target.with_name(f".imgtool-{os.getpid()}-{os.urandom(8).hex()}{target.suffix[:8]}")
     target.parent.mkdir(parents=True, exist_ok=True)
     # Unlike tempfile's 0600, this mode leaves the permissions to the umask.
     os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))

@@ -59,15 +59,15 @@ def mirrored(settings: S, console: Console) -> S:
 
 def mirror(url: str, console: Console) -> Path:
     """Return the copy of a URL in the cache, fetched or refreshed now."""
-    from imgtool.buckets import fetch
+    from imgtool.buckets import mirror as copies
 
     with console.counted(f"fetch {names.public(url)}") as done:
-        copy = fetch.mirror(url, console.say, done)
+        copy = copies.mirror(url, console.say, done, console.warn)
     names.call(copy, url)
     return copy
 
 
-def _replaced(settings: S, which: set[str], local: Callable[[str], Path]) -> S:
+def _replaced(settings: S, which: set[str], local: Callable[[str], Path | str]) -> S:
     """Return settings with URLs of the given names replaced."""
 
     def one(value: Any) -> Any:
@@ -180,7 +180,7 @@ def _prepare(url: str, staged: Path, settings: Settings, name: str, told: tuple[
         _take_up(url, staged, console)
         return
     left = staged.exists()
-    if names.rank() == 0 and not _may_overwrite(settings) and buckets.open(url).list():
+    if names.rank() == 0 and not _may_overwrite(settings) and _listed(url):
         raise ImgtoolError(f"{url} is not empty", _way_out(settings, url, name), USAGE)
     if left and _resumable(staged) and isinstance(settings, Train):
         what = f"a run that was to be sent to {url} was broken off, and lies on this machine"
@@ -196,10 +196,12 @@ def _take_up(url: str, staged: Path, console: Console) -> None:
     there = staged.with_name(f"{staged.name}.there")
     shutil.rmtree(there, ignore_errors=True)
     left = _resumable(staged)
-    if not left or buckets.open(url).list():
-        faults = fetch.fetch(url, there, watch=Watch(say=console.say))["faults"]
-        if isinstance(faults, list) and faults:
-            raise ImgtoolError(str(faults[0]), "try again")
+    if not left or _listed(url):
+        fetched: dict[str, Any] = fetch.fetch(url, there, watch=Watch(say=console.say))
+        if fetched["faults"]:
+            raise ImgtoolError(fetched["faults"][0], "try again")
+        for text in fetched["warnings"]:
+            console.warn(text)
         (there / manifest.NAME).unlink(missing_ok=True)
     if left and _step(staged) >= _step(there):
         console.say(f"going on with what was not sent to {url}: it lies on this machine")
@@ -208,6 +210,13 @@ def _take_up(url: str, staged: Path, console: Console) -> None:
         return
     shutil.rmtree(staged, ignore_errors=True)
     there.rename(staged)
+
+
+def _listed(url: str) -> list[buckets.Found]:
+    """Return the files at a URL; nobody waits for the answer once this is interrupted."""
+    from imgtool.buckets.pool import apart
+
+    return apart(buckets.open(url).list).result()
 
 
 def _resumable(folder: Path) -> bool:
@@ -231,7 +240,8 @@ def _alone(folder: Path) -> Iterator[bool]:
         return
     with (folder / LOCK).open("w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Of this process alone: workers that load samples inherit any other, and outlive it for seconds.
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             yield False
             return
@@ -248,15 +258,40 @@ def _way_out(settings: Settings, url: str, name: str) -> str:
     return "name another place by " + ("-o" if name == "out" else f"--{name}")
 
 
+def shown(settings: S, plan: Mapping[str, object]) -> tuple[S, Mapping[str, object]]:
+    """Return settings and a plan with URLs as records have them; the plan tells where something is left out.
+
+    >>> shown(Fetch(url="https://ann:pass@host/photos?key=1", out="photos"), {})[0].url
+    'https://host/photos'
+    """
+    values = {name: [*map(str, _each(getattr(settings, name)))] for name in type(settings).model_fields}
+    urls = {each for many in values.values() for each in many if names.is_url(each)}
+    secret = {url for url in urls if names.public(url) != names.url(url)}
+    if not secret:
+        return settings, plan
+
+    def told(value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return [told(each) for each in value]
+        for url in secret if isinstance(value, str) else ():
+            value = value.replace(names.url(url), names.public(url)).replace(url, names.public(url))
+        return value
+
+    hidden = {name for name, many in values.items() if secret.intersection(many)}
+    left_out = f"names, passwords and queries in URLs of {', '.join(sorted(hidden))}"
+    plan = {name: told(value) for name, value in plan.items()} | {"left out": left_out}
+    return _replaced(settings, hidden, names.public), plan
+
+
 def plan(settings: Settings) -> Mapping[str, object]:
     """Return what ``--dry-run`` tells of URLs: what would be fetched, and where is written."""
     told: dict[str, object] = {}
     for name, found in urls(settings).items():
         for url in found:
             if name in WRITTEN:
-                told[name] = f"sent to {url}"
+                told[name] = f"sent to {names.public(url)}"
                 continue
-            listed = buckets.open(url).list()
+            listed = _listed(url)
             size = sum(max(each.size, 0) for each in listed)
             told[f"{name} {names.public(url)}"] = (
                 f"{len(listed)} files, {size / 1e6:.1f} MB, to be fetched into the cache"

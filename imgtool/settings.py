@@ -169,9 +169,10 @@ class Train(Common):
         panel=SEARCH, ge=0,
     )  # fmt: skip
     max_parameters: int = setting(0, "Parameters of a network at most; 0: any.", panel=SEARCH, ge=0)
-    track: Literal["", "tensorboard", "mlflow", "wandb"] = setting(
+    track: Literal["", "none", "tensorboard", "mlflow", "wandb"] = setting(
         "",
-        "Also record the run there, by imgtool[tensorboard], imgtool[mlflow] or imgtool[wandb].",
+        "Also record the run there, by imgtool[tensorboard], imgtool[mlflow] or imgtool[wandb]; none: "
+        "nowhere [default: none, of a resumed run as it was].",
         panel=TRACKING,
     )
     track_to: Place = setting(
@@ -304,8 +305,8 @@ class Infer(Common):
     workers: int = setting(
         0, "Of --runner, how many processes; 0: as many as cores, each with one thread.", ge=0, le=65536
     )
-    shard: str = setting(
-        "", "i/n: only part i, counted from 0, of n parts of the photos, as an array job gives out."
+    shard: str | None = setting(
+        None, "i/n: only part i, counted from 0, of n parts of the photos, as an array job gives out."
     )
     weights: Place = setting(
         "",

@@ -74,6 +74,84 @@ def test_rank_is_of_torchrun_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (names.many(), names.rank()) == (True, 3)
 
 
+SECRET = "https://ann:pw123@host/x.toml?sig=SECRET"
+
+
+def _dry(words: str, capsys: pytest.CaptureFixture[str]) -> str:
+    assert cli.run([*words.split(), "-n"]) == DONE, capsys.readouterr().err
+    out, err = capsys.readouterr()
+    assert [text for text in (out, err) if "pw123" in text or "SECRET" in text] == []
+    return out
+
+
+def test_a_dry_run_prints_no_password_or_signature(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(places, "_listed", lambda url: [])
+    told = _dry(f"data fetch {SECRET} -o x", capsys)
+    assert "# left out: names, passwords and queries in URLs of url\n" in told
+    assert tomli.loads(told)["data"]["fetch"] == Fetch(url="https://host/x.toml", out="x").model_dump(
+        mode="json"
+    )
+    assert _dry("data fetch https://host/x.toml -o x", capsys) == told.replace(
+        "# left out: names, passwords and queries in URLs of url\n", ""
+    )
+    (record,) = map(json.loads, _dry(f"data fetch {SECRET} -o x --json", capsys).splitlines())
+    assert record["plan"]["left out"].endswith("of url")
+    told = _dry(f"train filter --photos {SECRET} --photos s3://b/p -o s3://b/x", capsys)
+    assert tomli.loads(told)["train"]["filter"]["photos"] == ["https://host/x.toml", "s3://b/p"]
+    told = _dry(f"data check deblur {SECRET}", capsys)
+    assert tomli.loads(told)["data"]["check"]["deblur"]["folder"] == "https://host/x.toml"
+
+
+@pytest.mark.parametrize("by", ["-c", "IMGTOOL_CONFIG"])
+def test_settings_may_be_elsewhere(
+    by: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    asked: list[str] = []
+
+    def mirror(url: str, console: object) -> Path:
+        asked.append(url)
+        return tmp_path / "copy.toml"
+
+    (tmp_path / "copy.toml").write_text('[data.fetch]\nout = "of-the-file"')
+    monkeypatch.setattr(places, "mirror", mirror)
+    words = ["data", "fetch", "s3://b/x", "-n"]
+    if by == "-c":
+        words += [by, "s3://out/run1/settings.toml"]
+    else:
+        monkeypatch.setenv(by, "s3://out/run1/settings.toml")
+    assert cli.run(words) == DONE
+    assert asked == ["s3://out/run1/settings.toml"]
+    assert 'out = "of-the-file"' in capsys.readouterr().out
+
+
+def test_a_place_is_free_once_its_process_is_gone(tmp_path: Path) -> None:
+    """Workers that load samples are forks, and outlive a process that is killed."""
+    pytest.importorskip("fcntl")
+    script = f"""
+import os, sys, time
+from pathlib import Path
+from imgtool import places
+with places._alone(Path({str(tmp_path)!r})) as free:
+    if os.fork() == 0:
+        sys.stdin.read()
+        os._exit(0)
+    print(free, flush=True)
+    time.sleep(60)
+"""
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "True\n"
+        with places._alone(tmp_path) as free:
+            assert not free
+        child.kill()
+        child.wait()
+        with places._alone(tmp_path) as free:
+            assert free
+
+
 # --- with a server --------------------------------------------------------------------------------
 
 

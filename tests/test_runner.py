@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -20,11 +21,11 @@ import numpy as np
 import pytest
 
 from imgtool import cli, engines, files, names
-from imgtool.errors import USAGE, ImgtoolError
+from imgtool.errors import USAGE, Fatal, ImgtoolError
 from imgtool.infer.listing import Job, Order
 from imgtool.infer.work import Outcome
 from imgtool.runner import Books, copies_of
-from imgtool.runner.cluster import connect
+from imgtool.runner.cluster import CROWDED, REMINDER, Cluster, connect
 from imgtool.runner.dealer import Dealer, Hand, Lost, News
 from imgtool.runner.manifest import Manifest
 from imgtool.runner.manifest import name as manifest_name
@@ -48,7 +49,7 @@ def test_every_photo_is_in_one_part() -> None:
     assert min(map(len, parts)) > 25
 
 
-@pytest.mark.parametrize("text", ["1", "2/2", "-1/2", "0/0", "a/b", "1/2/3", "0 /2", "0/", "٠/٢"])
+@pytest.mark.parametrize("text", ["", "1", "2/2", "-1/2", "0/0", "a/b", "1/2/3", "0 /2", "0/", "٠/٢"])
 def test_what_is_no_part(text: str) -> None:
     with pytest.raises(ImgtoolError) as caught:
         shard(text)
@@ -56,11 +57,13 @@ def test_what_is_no_part(text: str) -> None:
     assert text in caught.value.what
 
 
-def test_parts_and_their_files() -> None:
-    assert shard("") is None
-    part = shard("3/16")
-    assert part == Shard(3, 16)
+@pytest.mark.parametrize("text", ["3/16", "03/0016"])
+def test_parts_and_their_files(text: str) -> None:
+    part = shard(text)
+    assert (part, str(part)) == (Shard(3, 16), "3/16")
     assert part.named(Path("out/coefficients.csv")) == Path("out/coefficients-3-of-16.csv")
+    assert manifest_name(part) == Path("infer-manifest-3-of-16.jsonl")
+    assert manifest_name(None) == Path("infer-manifest.jsonl")
 
 
 # --- the manifest ----------------------------------------------------------------------------
@@ -72,14 +75,14 @@ def item(name: str) -> files.Item:
 
 def test_a_line_that_was_torn_is_left_out_and_the_next_one_is_whole(tmp_path: Path) -> None:
     path = tmp_path / "out" / "infer-manifest.jsonl"
-    first = Manifest(path)
+    first = Manifest(path, "awb")
     first.add({"input": "a.png", "status": "begun"})
     first.add({"input": "a.png", "status": "done", "facts": {"x": np.float32(0.5)}, "row": {"k": 1.5}})
     first.add({"input": "b.png", "status": "begun"})
     first.close()
     with path.open("ab") as file:
         file.write(b'{"input": "b.png", "sta')
-    second = Manifest(path)
+    second = Manifest(path, "awb")
     assert files.json_lines(path)[1]["facts"] == {"x": 0.5}
     assert second.rows == {"a.png": {"k": 1.5}}
     assert [second.broken(item(name)) for name in ("a.png", "b.png", "c.png")] == [False, True, False]
@@ -87,19 +90,19 @@ def test_a_line_that_was_torn_is_left_out_and_the_next_one_is_whole(tmp_path: Pa
     second.add({"input": "d.png", "status": "failed", "begun": False})
     second.add({"input": "a.png", "status": "left out"})
     second.close()
-    third = Manifest(path)
+    third = Manifest(path, "awb")
     assert [third.broken(item(name)) for name in ("a.png", "c.png", "d.png")] == [False, True, False]
     assert third.rows == second.rows
     third.close()
 
 
-def noted(path: Path, *records: dict[str, object]) -> Manifest:
-    """Return a manifest that is opened again after a run that wrote these lines."""
-    earlier = Manifest(path)
+def noted(path: Path, *records: dict[str, object], engine: str = "awb") -> Manifest:
+    """Return a manifest that is opened again, by awb, after a run of an engine that wrote these lines."""
+    earlier = Manifest(path, engine)
     for record in records:
         earlier.add({"input": "photos/a.png", **record})
     earlier.close()
-    return Manifest(path)
+    return Manifest(path, "awb")
 
 
 def test_what_broke_stays_broken_until_it_is_done(tmp_path: Path) -> None:
@@ -114,6 +117,29 @@ def test_what_broke_stays_broken_until_it_is_done(tmp_path: Path) -> None:
     ]
     for status, broken in cases:
         manifest = noted(path, status)
+        assert manifest.broken(photo) is broken
+        manifest.close()
+
+
+def test_lines_of_another_engine_are_not_gone_on_from(tmp_path: Path) -> None:
+    path, photo = tmp_path / "infer-manifest.jsonl", item("photos/a.png")
+    manifest = noted(path, {"status": "begun"}, {"status": "done", "row": {"k": 1.5}}, engine="lens")
+    assert manifest.rows == {}
+    manifest.close()
+    manifest = noted(path, {"status": "begun"}, {"status": "failed", "begun": True}, engine="lens")
+    assert not manifest.broken(photo)
+    manifest.close()
+    ours: dict[str, object] = {"status": "begun", "output": "out/a.png"}
+    cases: list[tuple[str, dict[str, object], bool]] = [
+        ("awb", ours, True),
+        ("lens", {"status": "failed", "begun": False, "output": "out/a.png"}, True),
+        ("lens", {"status": "done", "output": "out/a.jpg"}, True),
+        ("lens", {"status": "begun", "output": "out/a.jpg"}, True),
+        ("lens", {"status": "begun", "output": None}, True),
+        ("lens", ours, False),  # it may be the other engine's by now
+    ]
+    for engine, line, broken in cases:
+        manifest = noted(path, line, engine=engine)
         assert manifest.broken(photo) is broken
         manifest.close()
 
@@ -133,14 +159,14 @@ def test_a_photo_is_known_by_whatever_path_it_is_named(tmp_path: Path) -> None:
 
 def test_a_manifest_is_of_one_batch_at_a_time(tmp_path: Path) -> None:
     pytest.importorskip("fcntl")
-    first, path = Manifest(tmp_path / "m.jsonl"), tmp_path / "m.jsonl"
+    first, path = Manifest(tmp_path / "m.jsonl", "awb"), tmp_path / "m.jsonl"
     with pytest.raises(ImgtoolError, match="another batch writes into") as caught:
-        Manifest(path)
+        Manifest(path, "lens")
     assert str(tmp_path) in caught.value.what
     assert "wait until it has ended" in caught.value.hint
-    Manifest(tmp_path / "m-0-of-2.jsonl").close()
+    Manifest(tmp_path / "m-0-of-2.jsonl", "awb").close()
     first.close()
-    Manifest(path).close()
+    Manifest(path, "awb").close()
     assert path.read_bytes() == b""
 
 
@@ -165,7 +191,9 @@ class Staff:
         stillborn: Collection[int] = (),
         seconds: Callable[[str], float] = lambda name: 1.0,
         spell: int = 1000,
+        fault: ImgtoolError | None = None,
     ) -> None:
+        self.fault = fault or ImgtoolError("bad")
         self.poison, self.bad, self.stillborn = poison, bad, stillborn
         self.seconds, self.spell, self.now = seconds, spell, 0.0
         self.has: dict[Hand, deque[Dealt]] = {}
@@ -196,7 +224,7 @@ class Staff:
 
     def reply(self, hand: Hand, dealt: Dealt) -> Reply:
         if name(dealt.order) in self.bad:
-            return Reply(hand.worker, dealt.number, fault=ImgtoolError("bad"))
+            return Reply(hand.worker, dealt.number, fault=self.fault)
         return Reply(hand.worker, dealt.number, Outcome({"input": name(dealt.order)}))
 
     def news(self, seconds: float) -> list[News]:
@@ -319,6 +347,31 @@ def test_a_failure_stops_dealing_where_that_is_asked_for() -> None:
     assert len(ledger.done) == 19
 
 
+def test_a_fatal_fault_ends_the_batch() -> None:
+    seconds = lambda name: 0.002  # noqa: E731
+    staff, ledger = Staff(bad=["400.png"], seconds=seconds, fault=Fatal("no such bucket")), Ledger()
+    Dealer(staff, ledger, 2, clock=staff.clock).run(orders(1000))
+    assert ledger.wrong == {"400.png": "no such bucket"}
+    last = next(n for n, call in enumerate(staff.calls) if "400.png" in call)
+    assert len(staff.calls) - last <= 4  # those that were on their way
+    assert len(ledger.done) < 800
+
+
+def test_a_worker_does_nothing_after_a_fatal_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker, dealt = Worker(SimpleNamespace()), [Dealt(n, order) for n, order in enumerate(orders(9))]  # type: ignore[arg-type]
+
+    def do(order: Order, *_: object) -> Outcome:
+        if name(order) == "02.png":
+            raise Fatal("no such bucket", "make it", 2)
+        return Outcome({})
+
+    monkeypatch.setattr(worker, "work", SimpleNamespace(do=do, transit=None))
+    replies = pickle.loads(pickle.dumps(worker.do(dealt, 9)))
+    assert [reply.number for reply in replies] == [0, 1, 2]
+    fault = replies[-1].fault
+    assert (type(fault), fault.what, fault.hint, fault.code) == (Fatal, "no such bucket", "make it", 2)
+
+
 @pytest.mark.parametrize("workers", [2, 4, 6])
 def test_after_a_failure_nothing_is_dealt_nor_booked_to_another_photo(workers: int) -> None:
     for bad, poison in ((bad, poison) for bad in range(8) for poison in range(24) if bad != poison):
@@ -426,8 +479,37 @@ def test_a_part_without_photos(capfd: pytest.CaptureFixture[str]) -> None:
     put("in/x.png")
     empty = next(part for part in range(2) if not Shard(part, 2).holds(Path("x.png")))
     assert cli.run([*WORDS, "-o", "out", "--shard", f"{empty}/2"]) == 0
-    assert f"part {empty}/2: none of the 1 photos is in it" in capfd.readouterr().err
+    assert f"part {empty}/2: the one photo is not in it" in capfd.readouterr().err
     assert not Path("out").exists()
+
+
+def test_rows_are_those_of_the_engine(tmp_path: Path) -> None:
+    put("in/a.png", 64, 64)
+    put("in/b.png", 64, 64)
+    words = ["-o", "out/", "--shard", "00/01", "--device", "cpu"]
+    assert cli.run(["infer", "awb", "in/a.png", *words]) == 0
+    assert cli.run(["infer", "lens", "in", *words, "--skip-existing"]) == 0
+    assert {line["engine"] for line in manifest("out/infer-manifest-0-of-1.jsonl")} == {"awb", "lens"}
+    header, *rows = Path("out/coefficients-0-of-1.csv").read_text().splitlines()
+    assert "k1" in header
+    assert "gain" not in header
+    assert [row.split(",")[0] for row in rows] == ["b.png"]
+
+
+def test_a_fatal_fault_is_the_last_one(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def do(*_: object) -> None:
+        raise Fatal("no such bucket", "make it")
+
+    for n in range(4):
+        put(f"in/{n}.png")
+    monkeypatch.setattr("imgtool.infer.work.Work.do", do)
+    assert cli.run([*WORDS, "-o", "out"]) == 1
+    told = capfd.readouterr().err
+    assert told.count("no such bucket") == 2  # as it happens, and in the end
+    assert "1 of 4 failed" in told
+    assert "0 of 4 photos are done: the same command with --skip-existing goes on" in told
 
 
 @pytest.mark.parametrize(
@@ -436,6 +518,8 @@ def test_a_part_without_photos(capfd: pytest.CaptureFixture[str]) -> None:
         (["--runner", "processes", "--report", "page"], "--report needs all photos in one process"),
         (["--shard", "0/2", "--zip", "x.zip"], "--zip needs all photos in one process"),
         (["--shard", "2/2"], "--shard '2/2' is no part of a whole"),
+        (["--shard", ""], "--shard is empty"),
+        (["--shard", "", "--runner", "processes"], "--shard is empty"),
         (["--workers", "2"], "--workers says how many processes a runner has"),
     ],
 )
@@ -470,8 +554,8 @@ def test_without_ray(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixtu
 def test_a_second_batch_on_a_folder_is_refused(runner: list[str], capfd: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("fcntl")
     put("in/a.png")
-    part = "" if "processes" in runner else "0/1"
-    first = Manifest(Path("out") / manifest_name(part))
+    part = None if "processes" in runner else Shard(0, 1)
+    first = Manifest(Path("out") / manifest_name(part), "lens")
     assert cli.run([*WORDS, "-o", "out/", *runner]) == 1
     first.close()
     assert capfd.readouterr().err.count("error: another batch writes into out\n") == 1
@@ -491,15 +575,158 @@ def test_how_far_it_is_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(said) == 2
 
 
+def test_only_what_a_worker_that_is_gone_left_is_removed(tmp_path: Path) -> None:
+    books = Books(SimpleNamespace(shard=None, stopped=True, console=SimpleNamespace(say=print)))  # type: ignore[arg-type]
+    order = Order(Job(item("a.png"), None, None), {}, {}, [tmp_path / "a.png"])
+    left = [".imgtool-71-8f.png", ".imgtool-72-8f.png", ".imgtool-711-8f.png", ".imgtool-8f.png", "a.png"]
+    for each in left:
+        Path(each).touch()
+    books.lost("host:71", [order], "SIGKILL")
+    books.lost("host:711", [], "SIGKILL")
+    books.lost("", [], "SIGKILL")
+    books.sweep()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(left[1:])
+    Path(left[0]).touch()
+    books.batch.shard = Shard(0, 2)
+    books.sweep()  # a process of that number may work on another part, on a machine of its own
+    assert Path(left[0]).exists()
+    os.utime(left[0], (0, 0))
+    books.sweep()
+    assert not Path(left[0]).exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_one_interrupt_is_enough(number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[str] = []
+
+    class Pool(Staff):
+        def news(self, seconds: float) -> list[News]:
+            signal.raise_signal(number)
+            return super().news(seconds)
+
+        def close(self, at_once: bool) -> None:
+            signal.raise_signal(signal.SIGINT)
+            ended.append("all")
+
+    put("in/a.png")
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("imgtool.runner._pool", lambda *_: (Pool(), 1, 1))
+    monkeypatch.setattr("imgtool.console.Console.result", lambda *_: None)
+    assert cli.run([*WORDS, "-o", "out/", "--runner", "processes"]) == 130
+    assert ended == ["all"]
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+
+
+class Hostess:
+    """A Ray cluster in name alone."""
+
+    def __init__(self, *nodes: tuple[int, int], kinds: Sequence[str] | None = None) -> None:
+        resources = [{"CPU": float(cpus), "GPU": float(gpus)} for cpus, gpus in nodes]
+        self.found = [{"NodeID": f"{n:x}", "Alive": True, "Resources": r} for n, r in enumerate(resources)]
+        self.found.append({"NodeID": "f", "Alive": False, "Resources": {"CPU": 99.0, "GPU": 9.0}})
+        self.kinds = kinds
+        self.running = True
+        self.begun: list[dict[str, object]] = []
+
+    def is_initialized(self) -> bool:
+        return False
+
+    def init(self, **options: object) -> None:
+        self.begun.append(options)
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return self.found
+
+    def shutdown(self) -> None:
+        self.running = False
+
+    def _internal_kv_get(self, key: str) -> bytes | None:
+        assert key == "__autoscaling_status"
+        report = {"active_nodes": dict.fromkeys(self.kinds or (), 1)}
+        return None if self.kinds is None else json.dumps({"autoscaler_report": report}).encode()
+
+    def remote(self, **options: object) -> object:
+        return lambda actor: None
+
+    def wait(self, answers: Sequence[object], **_: object) -> tuple[list[object], list[object]]:
+        return [], [*answers]
+
+
+def enter(hostess: Hostess, monkeypatch: pytest.MonkeyPatch, address: str = "elsewhere") -> None:
+    """Have a cluster taken for Ray."""
+    real = importlib.import_module
+    ours = ("ray", "ray.experimental.internal_kv")
+    monkeypatch.setitem(sys.modules, "ray", hostess)
+    monkeypatch.setattr("importlib.import_module", lambda name: hostess if name in ours else real(name))
+    monkeypatch.setattr("imgtool.runtime.cores", lambda: 8)
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    for variable in ("RAY_USAGE_STATS_ENABLED", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"):
+        monkeypatch.setenv(variable, "0")
+
+
+def test_no_node_has_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    warned: list[str] = []
+    lack = "no node of the Ray cluster has the 4 CPUs of a worker: the largest has 2 CPUs"
+    enter(by_hand := Hostess((2, 0), (2, 1), kinds=["node_0", "node_1"]), monkeypatch)
+    with pytest.raises(ImgtoolError) as caught:
+        connect(0, 4, False, warned.append)
+    assert (caught.value.what, caught.value.hint) == (lack, "give fewer --threads")
+    assert not by_hand.running
+    assert connect(0, 2, True, warned.append) == (True, 1, 2)
+    assert not warned
+    for kinds in (None, [], ["ray.head.default", "node_1"]):  # it may grow
+        enter(it := Hostess((2, 0), (2, 1), kinds=kinds), monkeypatch)
+        assert connect(0, 4, False, warned.append) == (True, 1, 4)
+        assert warned.pop() == f"{lack}; the workers wait for one that has"
+        assert it.running
+
+
+def test_gpus_are_counted_where_each_worker_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    enter(here := Hostess((8, 0)), monkeypatch, "local")
+    with pytest.raises(
+        ImgtoolError, match="1 CPU and 1 GPU of a worker: the largest has 8 CPUs and 0 GPUs"
+    ) as caught:
+        connect(0, 0, True, print)
+    assert "--device cpu" in caught.value.hint
+    assert not here.running
+    enter(here := Hostess((8, 2)), monkeypatch, "local")
+    assert connect(0, 0, True, print) == (True, 2, 4)
+    assert here.begun[0]["num_cpus"] == 8
+    assert connect(0, 0, False, print) == (True, 8, 1)
+
+
+def test_workers_that_all_wait_are_told_of_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    enter(Hostess((2, 0)), monkeypatch)
+    said: list[str] = []
+    now = 100.0
+    monkeypatch.setattr("imgtool.runner.cluster.time.monotonic", lambda: now)
+    asked = SimpleNamespace(device="cpu", threads=4)
+    pool = Cluster(SimpleNamespace(settings=asked), False, said.append)  # type: ignore[arg-type]
+    told = []
+    pool.placed = {"a": now, "b": now}
+    pool.running = {Hand(): ("an actor", deque(["x"])), Hand(): ("an actor", deque(["y"]))}
+    for _ in range(10):
+        now += 10.0
+        pool.news(0.0)
+        told.append(len(said))
+    assert told == [0, 0, 1, 1, 1, 1, 1, 1, 1, 2]
+    assert CROWDED == 20.0
+    assert REMINDER == 60.0
+    assert {*said} == {
+        "2 of 2 workers wait for room in the Ray cluster, 4 CPUs each: "
+        "no node of the Ray cluster has the 4 CPUs of a worker: the largest has 2 CPUs"
+    }
+
+
 def test_a_worker_elsewhere_has_copies_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fetched: list[str] = []
 
-    def mirror(url: str, say: object) -> Path:
+    def mirror(url: str, say: object, warn: object) -> Path:
         fetched.append(url)
         say("fetched")  # type: ignore[operator]
         return Path("its.safetensors")
 
-    monkeypatch.setattr("imgtool.buckets.fetch.mirror", mirror)
+    monkeypatch.setattr("imgtool.buckets.mirror.mirror", mirror)
     copy = tmp_path / "cache" / "mine.safetensors"
     names.call(copy, "s3://bucket/mine.safetensors")
     asked = engines.settings("filter").Infer(inputs=("s3://bucket/in",), weights=str(copy), target="tv")
@@ -545,7 +772,7 @@ def test_a_token_that_is_there_is_shown_to_a_cluster(
     real = importlib.import_module
     monkeypatch.setattr("importlib.import_module", lambda name: Ray() if name == "ray" else real(name))
     with pytest.raises(ImgtoolError, match=r"no Ray cluster at elsewhere: Unauthenticated$") as caught:
-        connect(1, 1)
+        connect(1, 1, False, print)
     assert told == {"mode": "token" if there else None}
     assert not capfd.readouterr().err
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
@@ -720,8 +947,11 @@ def test_an_interrupted_batch_ends_its_workers_and_says_how_to_go_on(
     process = start("--runner", runner, "--workers", "2")
     until(lambda: list(last().values()).count("done") >= 2)
     process.send_signal(number)
+    time.sleep(0.15)
+    process.send_signal(signal.SIGINT)  # which does not keep it from ending them
     _, err = process.communicate()
     assert process.returncode == 130
+    assert err.rstrip().endswith("interrupted")
     assert "of 30 photos are done: the same command with --skip-existing goes on" in err
     # Python warns of a file that the signal caught while it was being opened.
     assert "Traceback" not in err or "ResourceWarning: unclosed file" in err

@@ -25,14 +25,21 @@ class Found:
         tag: What changes whenever the content does (ETag, hash or date); "" where no such thing is told.
         digests: Name of a hash ("md5", "sha256", "git-sha1") to its value in hexadecimal, where told.
             "etag-md5" is an ETag that looks like an MD5, and is none where a store encrypts with a key of the
-            user (SSE-KMS, SSE-C): it is believed until a file that was read twice contradicts it.
+            user (SSE-KMS, SSE-C): see ``etags``.
             "etag-parts" is the ETag of an object of S3 that was sent in parts: see ``manifest.hashes``.
+        fault: Why it cannot be had, where the listing tells: a folder that cannot be listed is one such file.
     """
 
     path: str
     size: int = -1
     tag: str = ""
     digests: tuple[tuple[str, str], ...] = ()
+    fault: str = ""
+
+    @property
+    def telling(self) -> bool:
+        """Whether it is told apart from another content of the same size."""
+        return bool(self.tag or self.digests)
 
 
 class Place(Protocol):
@@ -80,6 +87,10 @@ class Interrupted(Exception):
         """Keep what had come: the next request may begin behind it."""
         super().__init__(what)
         self.got = got
+
+
+class Denied(ImgtoolError):
+    """The store refuses this machine, or whoever it is that asks."""
 
 
 class Offline(ImgtoolError):

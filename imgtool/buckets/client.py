@@ -152,7 +152,8 @@ class Client:
         Raises:
             Interrupted: The connection failed, or nobody answered in time.
             Offline: No such host, which may be for want of a network.
-            ImgtoolError: A certificate that is not trusted, redirects without end or out of encryption.
+            ImgtoolError: A certificate that is not trusted; redirects without end, out of encryption or to
+                what is no address.
         """
         first = _origin(url)
         for _ in range(_REDIRECTS):
@@ -166,12 +167,7 @@ class Client:
                     return
             finally:
                 self._give_back(_origin(url), connection, response)
-            before, url = url, urljoin(url, quote(moved, safe=_SAFE))
-            if urlsplit(url).scheme not in ("http", "https"):
-                break
-            if (urlsplit(before).scheme, urlsplit(url).scheme) == ("https", "http"):
-                what = f"{_plain(before)} leads on to {_plain(url)}, which is not encrypted"
-                raise ImgtoolError(what, "name that address where it may be trusted")
+            url = _led(url, moved)
         raise ImgtoolError(f"{_plain(url)} leads nowhere but on", "the server redirects without end")
 
     def _send(
@@ -191,7 +187,7 @@ class Client:
             try:
                 connection.request(method, target, headers=dict(headers) | _proxy_user(through))
                 return connection, connection.getresponse()
-            except (http.client.HTTPException, OSError) as fault:
+            except (http.client.HTTPException, OSError, UnicodeError) as fault:
                 connection.close()
                 if kept and not isinstance(fault, TimeoutError):
                     continue  # the server had ended a connection that was kept
@@ -258,6 +254,22 @@ def _origin(url: str) -> tuple[str, str]:
     return parts.scheme, parts.netloc.rpartition("@")[2]
 
 
+def _led(before: str, moved: str) -> str:
+    """Return the address that a redirect leads to."""
+    try:
+        url = urljoin(before, quote(moved, safe=_SAFE))
+        parts = urlsplit(url)
+        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        valid = False
+    if not valid:
+        raise ImgtoolError(f"{_plain(before)} leads on to {_plain(moved)}, which cannot be followed")
+    if (urlsplit(before).scheme, parts.scheme) == ("https", "http"):
+        what = f"{_plain(before)} leads on to {_plain(url)}, which is not encrypted"
+        raise ImgtoolError(what, "name that address where it may be trusted")
+    return url
+
+
 def _plain(url: str) -> str:
     return url.partition("?")[0]
 
@@ -278,7 +290,8 @@ def _trouble(host: str, fault: Exception) -> Interrupted | ImgtoolError:
         return ImgtoolError(f"the certificate of {host} is not trusted: {fault.verify_message}", hint)
     if isinstance(fault, ssl.SSLError) and not isinstance(fault, ssl.SSLEOFError):
         return ImgtoolError(f"no secure connection to {host}: {fault.reason}", "does it want http://?")
-    if isinstance(fault, socket.gaierror) and fault.errno == socket.EAI_NONAME:
+    unknown = isinstance(fault, socket.gaierror) and fault.errno == socket.EAI_NONAME
+    if unknown or isinstance(fault, UnicodeError):  # which a name with an empty or a long part is
         return Offline(f"no such host: {host}", "check the address, and the network", USAGE)
     if isinstance(fault, http.client.InvalidURL):
         return ImgtoolError(f"{host} cannot be asked: {fault}", "check the address", USAGE)

@@ -17,7 +17,7 @@ from urllib.parse import quote
 from imgtool.buckets import Found, Interrupted
 from imgtool.buckets.client import TIMEOUT
 from imgtool.buckets.patience import patiently
-from imgtool.buckets.web import Remote, safe
+from imgtool.buckets.web import Remote
 from imgtool.errors import USAGE, ImgtoolError
 
 _FORM = "write hf://datasets/USER/NAME[@REVISION]/PATH, or hf://USER/MODEL/PATH"
@@ -115,8 +115,7 @@ class Hub(Remote):
             rows = list(self._ask.list_repo_tree(self._id, self._path or None, recursive=True, **about))
         except self._errors.EntryNotFoundError:
             return []
-        found = [_found(row, row.path[cut:]) for row in rows if hasattr(row, "blob_id")]
-        return [each for each in found if safe(each.path)]
+        return [_found(row, row.path[cut:]) for row in rows if hasattr(row, "blob_id")]
 
     def _explained(self, fault: Exception) -> Interrupted | ImgtoolError:
         """Say in plain words what the library says otherwise."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from imgtool import files
+from imgtool.buckets import Found
 from imgtool.errors import ImgtoolError
 
 NAME = "imgtool-manifest.jsonl"
@@ -37,6 +38,7 @@ class Entry:
         modified: Time of its last change on this machine, in nanoseconds: one that was not touched since is
             not read again.
         md5: MD5 in hexadecimal where the store told it, else "".
+        doubtful: Whether it was kept though its ETag is not its MD5: see ``etags``.
     """
 
     path: str
@@ -45,10 +47,26 @@ class Entry:
     sha256: str
     modified: int = 0
     md5: str = ""
+    doubtful: bool = False
+
+    @classmethod
+    def of(
+        cls, found: Found, state: os.stat_result, made: Mapping[str, str], doubtful: bool = False
+    ) -> Entry:
+        """Return the entry of a file that lies here, ``made`` being what ``hashes`` makes of it."""
+        told = dict(found.digests)
+        names = (name for name in ("md5", "etag-md5") if told.get(name) and made[name] == told[name])
+        md5 = next((made[name] for name in names), "")
+        return cls(found.path, state.st_size, found.tag, made["sha256"], state.st_mtime_ns, md5, doubtful)
 
     def line(self) -> bytes:
         """Return its line of JSON."""
-        return json.dumps({name: value for name, value in vars(self).items() if value != ""}).encode() + b"\n"
+        return (
+            json.dumps(
+                {name: value for name, value in vars(self).items() if value != "" and value is not False}
+            ).encode()
+            + b"\n"
+        )
 
 
 @dataclass
@@ -68,6 +86,11 @@ class Manifest:
     complete: bool = False
     single: bool = False
     date: str = ""
+
+    @property
+    def doubtful(self) -> list[str]:
+        """Return the paths of the doubtful files."""
+        return [path for path, entry in self.entries.items() if entry.doubtful]
 
     def begin(self, folder: Path) -> None:
         """Write that a fetch is about to change the folder: until it ends, the folder is not complete."""

@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
-from imgtool import buckets, files
+from imgtool import buckets, files, names
 from imgtool.buckets import Place, manifest
 from imgtool.buckets.patience import patiently
+from imgtool.buckets.pool import each
 from imgtool.errors import USAGE, ImgtoolError
 
 EVERY = 30.0
@@ -28,9 +29,9 @@ Known = dict[str, tuple[int, int]]
 def listed(folder: Path) -> Known:
     """Return the files of a folder, but for hidden ones and those in hidden folders."""
     found: Known = {}
-    for parent, folders, names in os.walk(folder):
+    for parent, folders, inside in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
+        for name in inside:
             path = Path(parent, name)
             if name.startswith("."):
                 continue
@@ -46,7 +47,9 @@ def writable(url: str) -> None:
         ImgtoolError: Code 2.
     """
     if not url.startswith(("s3://", "gs://")):
-        raise ImgtoolError(f"cannot write to {url}: it is to read from", "write to s3:// or gs://", USAGE)
+        raise ImgtoolError(
+            f"cannot write to {names.public(url)}: it is to read from", "write to s3:// or gs://", USAGE
+        )
 
 
 def send(
@@ -86,17 +89,23 @@ def send(
 
     with _kept(folder) as states:
         now = {path: about for path, about in listed(folder).items() if not _rank(path)}
-        with ThreadPoolExecutor(jobs) as threads:
-            new = [path for path, about in now.items() if known.get(path) != about]
-            list(threads.map(lambda path: one(path, folder / path, now[path]), sorted(new)))
+        new = sorted(path for path, about in now.items() if known.get(path) != about)
+        _apart([partial(one, path, folder / path, now[path]) for path in new], jobs)
         for path in sorted(states, key=_rank):
             about = _about(states[path])
             if not failed and known.get(path) != about:
-                one(path, states[path], about)
+                _apart([partial(one, path, states[path], about)], 1)
     if failed:
         what = failed[0].what if len(failed) == 1 else f"{len(failed)} files were not sent; {failed[0].what}"
         raise ImgtoolError(what, failed[0].hint, failed[0].code)
     return known
+
+
+def _apart(tasks: Sequence[Callable[[], None]], threads: int) -> None:
+    """Do tasks in threads that nobody waits for once this is interrupted."""
+    with closing(each(iter(tasks), min(threads, len(tasks)), threading.Event())) as ended:
+        for _ in ended:
+            pass
 
 
 def put(place: Place, source: Path, path: str) -> None:

@@ -1,12 +1,10 @@
-"""The hidden folder of a fetch: its lock, what is finished, and the parts of large files; locks of copies."""
+"""The hidden folder of a fetch: its lock, what is finished, and the parts of large files."""
 
 from __future__ import annotations
 
 import json
 import os
-import random
 import threading
-import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -14,15 +12,12 @@ from hashlib import sha1
 from pathlib import Path
 
 from imgtool import files
-from imgtool.buckets import Found, manifest
+from imgtool.buckets import Found
 from imgtool.buckets.manifest import Entry, entries
 from imgtool.errors import ImgtoolError
 
 FOLDER = ".imgtool-fetch"
 """Its name, in the folder that is fetched into; it is gone when all is there."""
-
-LOCK = ".lock"
-"""Its name, beside a copy in the cache: who uses the copy shares it, who changes the copy has it alone."""
 
 PIECE = 8 << 20
 """Bytes of a large file that one request asks for."""
@@ -223,86 +218,3 @@ def _taken(path: Path, wait: Callable[[], None]) -> int:
             if os.path.samestat(os.fstat(lock), path.stat()):
                 return lock
         os.close(lock)
-
-
-_USED: dict[Path, int] = {}
-"""Locks of the copies that this process uses, open until it ends, and until its forks end."""
-
-_ONE = threading.Lock()
-
-
-def use(folder: Path, refresh: Callable[[], None], say: Callable[[str], None]) -> None:
-    """Bring a copy in the cache up to date where nobody uses it; it stays so while this process lives.
-
-    A copy that this process or another one uses stays as it is. Who comes while another process fetches it
-    waits until that has ended, and has the same. None waits for those that use it, so none waits for ever.
-
-    Args:
-        folder: The copy; its lock lies beside it.
-        refresh: Makes it complete, or raises; called by one process at a time.
-        say: Told of a wait, and of a copy that is not refreshed.
-
-    Raises:
-        ImgtoolError: The cache cannot be written and holds no complete copy.
-    """
-    path = folder.with_name(LOCK)
-    with _ONE:
-        if path in _USED:
-            if _complete(folder):
-                return
-            os.close(_USED.pop(path))  # somebody has cleared the cache
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            lock = os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
-        except OSError as fault:
-            reason = (fault.strerror or str(fault)).lower()
-            if not _complete(folder):
-                what = f"cannot write {path.parent}: {reason}"
-                raise ImgtoolError(what, "IMGTOOL_CACHE names another folder for copies") from None
-            say(f"the copy cannot be refreshed: {reason}")
-            return
-        try:
-            _settle(lock, folder, refresh, say)
-        except BaseException:
-            os.close(lock)
-            raise
-        _USED[path] = lock
-
-
-def _complete(folder: Path) -> bool:
-    head = manifest.head(folder)
-    return head is not None and head.complete
-
-
-def _settle(lock: int, folder: Path, refresh: Callable[[], None], say: Callable[[str], None]) -> None:
-    """Return with the lock shared and the copy complete."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: two processes at once are left to their users
-        return refresh()
-    waited = False
-    while True:
-        if _locked(lock, fcntl.LOCK_EX | fcntl.LOCK_NB):
-            refresh()
-            # A lock that is changed is given back for a moment, in which another process may refresh too.
-            fcntl.flock(lock, fcntl.LOCK_SH)
-        elif not _locked(lock, fcntl.LOCK_SH | fcntl.LOCK_NB):
-            say(f"another process is fetching into {folder}: waiting for it")
-            waited = True
-            fcntl.flock(lock, fcntl.LOCK_SH)
-        elif not waited and _complete(folder):
-            say("another process uses the copy: it is not refreshed")
-        if _complete(folder):
-            return None
-        fcntl.flock(lock, fcntl.LOCK_UN)
-        time.sleep(random.uniform(0.01, 0.1))  # else two could share it, and neither have it alone
-
-
-def _locked(lock: int, how: int) -> bool:
-    import fcntl
-
-    try:
-        fcntl.flock(lock, how)
-    except BlockingIOError:
-        return False
-    return True

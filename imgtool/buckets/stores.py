@@ -15,7 +15,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 from imgtool import files
-from imgtool.buckets import Found, Interrupted, Offline, account, manifest
+from imgtool.buckets import Denied, Found, Interrupted, Offline, account, manifest
 from imgtool.buckets.client import Client
 from imgtool.buckets.patience import patiently
 from imgtool.errors import USAGE, ImgtoolError
@@ -118,10 +118,10 @@ class Store:
 
     def list(self) -> Files:
         """Return every object below, by name; one where the URL is an object; [] where there is nothing."""
-        denied: _Denied | None = None
+        denied: Denied | None = None
         try:
             rows = self._rows()
-        except _Denied as fault:  # objects may be read in many a bucket that may not be listed
+        except Denied as fault:  # objects may be read in many a bucket that may not be listed
             rows, denied = [], fault
         if not rows and not self._folder:
             rows = self._one()
@@ -212,7 +212,7 @@ class Store:
             return []
         except _faults() as fault:
             explained = self._explain(fault, self.url(""), passing=False)
-            if isinstance(explained, _Denied):
+            if isinstance(explained, Denied):
                 return []
             raise explained from None
         self._single = True
@@ -277,7 +277,7 @@ class Store:
         if "169.254.169.254" in text or "token request" in text:
             skip = "AWS_SKIP_SIGNATURE" if self.scheme == "s3" else "GOOGLE_SKIP_SIGNATURE"
             hint = f"{_SIGN_IN[self.scheme]}; for a public bucket {skip}=true"
-            return _Denied(f"this machine has no credentials for {url}", hint)
+            return Denied(f"this machine has no credentials for {url}", hint)
         if _REFUSED.search(text) or "Token" in code:
             return self._denied(url, verb, code)
         if _PASSING.search(text):
@@ -292,13 +292,9 @@ class Store:
 
     def _denied(self, url: str, verb: str, code: str) -> ImgtoolError:
         if self._options[0].get("skip_signature"):
-            return _Denied(f"no permission to {verb} {url} without credentials", _SIGN_IN[self.scheme])
+            return Denied(f"no permission to {verb} {url} without credentials", _SIGN_IN[self.scheme])
         what = f"no permission to {verb} {url} with the credentials given" + (f" ({code})" if code else "")
-        return _Denied(what, "ask who owns the bucket, or " + _SIGN_IN[self.scheme])
-
-
-class _Denied(ImgtoolError):
-    """The store refuses."""
+        return Denied(what, "ask who owns the bucket, or " + _SIGN_IN[self.scheme])
 
 
 def _faults() -> tuple[type[Exception], ...]:

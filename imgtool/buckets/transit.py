@@ -2,35 +2,33 @@
 
 from __future__ import annotations
 
-import glob
 import os
-import shutil
 import threading
-from collections import deque
-from collections.abc import Collection, Container, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import defaultdict, deque
+from collections.abc import Callable, Collection, Container, Iterable, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from urllib.parse import unquote
 
 from imgtool import buckets, files, names
-from imgtool.buckets import Found, Place, manifest
+from imgtool.buckets import Found, Place, etags, manifest, spool
+from imgtool.buckets.etags import Etags, Verdict
+from imgtool.buckets.listing import Photo, fixed, named, photos, single, split, tame
+from imgtool.buckets.outlet import Outlet, awaited, check_bucket
 from imgtool.buckets.patience import patiently
+from imgtool.buckets.pool import apart
 from imgtool.buckets.send import put, writable
-from imgtool.buckets.state import PIECE, pieces
-from imgtool.buckets.web import safe
+from imgtool.buckets.state import PIECE, Closed, pieces
+from imgtool.console import Console
 from imgtool.errors import USAGE, ImgtoolError
 
 WHOLE = 2 * PIECE
 """Bytes of a photo up to which it is asked for at once, and held in memory."""
 
-_LOCK = "lock"
-_DATE = 1_000_000_000
-"""Time of the last change, in seconds since 1970, that photos get here: what is made here has another."""
-_UNTOLD = Found("")
+_WARN = Console().warn
 
 
 @dataclass(frozen=True)
@@ -42,23 +40,14 @@ class Plan:
         sources: Folder in the spool and the URL of the folder that it stands for, for all that was named.
         out: The same of the outputs, where they go to a URL.
         name: The last part of that URL where no slash at its end says that it is a folder.
+        left: URL and path of outputs that earlier runs could not send; each goes when it is sent anew.
     """
 
     spool: str
     sources: tuple[tuple[str, str], ...]
     out: tuple[str, str] | None
     name: str = ""
-
-
-@dataclass(frozen=True)
-class Photo(files.Item):
-    """An input that is fetched from a URL.
-
-    Attributes:
-        found: What was told of it when it was listed.
-    """
-
-    found: Found = _UNTOLD
+    left: tuple[tuple[str, str], ...] = ()
 
 
 class Transit:
@@ -68,58 +57,63 @@ class Transit:
     where it holds outputs that were not sent.
     """
 
-    def __init__(self, plan: Plan, ahead: int = 8) -> None:
+    def __init__(self, plan: Plan, ahead: int = 8, warn: Callable[[str], None] = _WARN) -> None:
         """Fetch nothing yet.
 
         Args:
             plan: What the driver planned.
-            ahead: Photos that are fetched before they are asked for, and threads that do it.
+            ahead: Photos that are fetched before they are asked for.
+            warn: Told of what may be wrong, from any thread.
         """
-        self.plan = plan
+        self.plan, self._warn = plan, warn
         self._many, self._owner, self._held = ahead, False, -1
         self._lock = threading.RLock()
-        self._threads: ThreadPoolExecutor | None = None
+        self._stop = threading.Event()
+        self._outlet = Outlet()
         self._tasks: dict[Path, Future[None]] = {}
         self._coming: deque[files.Item] = deque()
         self._dropped: set[Path] = set()
-        self._doubted: set[str] = set()
+        self._etags: defaultdict[str, Etags] = defaultdict(Etags)
         self._known: set[Path] = set()
         self._whole: set[Path] = set()
         self._there: set[Path] | None = None
         self._asked: dict[Path, bool] = {}
         self._places: dict[str, Place] = {}
+        self._left: defaultdict[str, list[Path]] = defaultdict(list)
+        for url, path in plan.left:
+            self._left[url].append(Path(path))
 
     @classmethod
-    def begin(cls, inputs: Sequence[str], out: str | None) -> Transit:
+    def begin(cls, inputs: Sequence[str], out: str | None, warn: Callable[[str], None] = _WARN) -> Transit:
         """Make the spool of a run, and plan what goes through it; clear those of runs that were killed.
 
         Args:
             inputs: What was named as inputs; only URLs matter.
             out: What -o said.
+            warn: Told of what may be wrong, from any thread; first, of outputs that earlier runs left.
 
         Raises:
             ImgtoolError: Code 2: nothing can be written to the URL of ``out``. Code 1: no disk space, ...
         """
-        spool = files.cache_folder().absolute() / "spool" / os.urandom(8).hex()
-        _sweep(spool.parent)
+        own = files.cache_folder().absolute() / "spool" / os.urandom(8).hex()
         urls = dict.fromkeys(names.url(text) for text in inputs if names.is_url(text))
-        folders = dict.fromkeys(_fixed(url)[0] for url in urls)
-        sources = tuple((str(spool / f"in-{n}"), url) for n, url in enumerate(folders))
+        folders = dict.fromkeys(fixed(url)[0] for url in urls)
+        sources = tuple((str(own / f"in-{n}"), url) for n, url in enumerate(folders))
         away, name = None, ""
         if out is not None and names.is_url(out):
             url = names.url(out)
             writable(url)
-            above, name = (url, "") if url.endswith("/") else _split(url)
-            away = (str(spool / "out"), above)
-        found = cls(Plan(str(spool), sources, away, name))
-        found._owner = True
-        hidden = spool.with_name(f".{spool.name}")
-        try:
-            hidden.mkdir(parents=True)
-            found._held = _locked(hidden)
-            hidden.rename(spool)  # who sweeps sees no spool that is not held
-        except OSError as fault:
-            raise ImgtoolError(f"cannot write {spool}: {fault.strerror}", "set IMGTOOL_CACHE") from None
+            check_bucket(url)
+            above, name = (url, "") if url.endswith("/") else split(url)
+            away = (str(own / "out"), above)
+        left = spool.sweep(own.parent)
+        if left:
+            warn(spool.told(path for _, path in left))
+        found = cls(Plan(str(own), sources, away, name, tuple(left)), warn=warn)
+        ends = {
+            Path(local).name: url for local, url in found._folders() if url.startswith(("s3://", "gs://"))
+        }
+        found._owner, found._held = True, spool.make(own, ends)
         return found
 
     # --- what is there ---
@@ -136,30 +130,36 @@ class Transit:
 
         Returns:
             Items whose ``source`` is where they will lie, sorted as those of folders here; hidden files are
-            left out.
+            left out. To bring one fails whose name leads out of the folder, or could be another's.
 
         Raises:
             ImgtoolError: Code 2: nothing is there, or no photo. Code 1: it may not be read, ...
         """
-        above, pattern = _fixed(url)
+        above, pattern = fixed(url)
         local = Path(next(local for local, each in self.plan.sources if each == above))
-        name = "" if pattern else _split(url)[1]
+        name = "" if pattern else split(url)[1]
         place = buckets.open(above if pattern else url)
-        listing = place.list()
-        if not pattern and _single(listing, url, place):
+        listing = awaited(place.list)
+        if not pattern and single(listing, url, place):
             self._known.add(local / name)
             return [Photo(local / name, Path(name), url=place.url(name), found=listing[0])]
         found = []
-        for each in (each for each in listing if safe(each.path)):
-            source = local / name / each.path
+        for each in listing:
+            path = tame(each.path)
+            source = local / name / path
             told = replace(each, path=source.relative_to(local).as_posix())
-            found.append(Photo(source, Path(each.path), True, place.url(each.path), told))
+            odd = (
+                ""
+                if path == each.path
+                else "refused, for a part of its name is empty, dots alone, or has a backslash"
+            )
+            found.append(Photo(source, Path(path), True, place.url(each.path), told, each.fault or odd))
             self._known.add(source)
         self._whole.add(local / name)
-        exact = _named(found, unquote(pattern) if url.startswith("http") else pattern) if pattern else []
+        exact = named(found, unquote(pattern) if url.startswith("http") else pattern) if pattern else []
         if exact and not exact[0].folder:
-            return exact
-        return _photos(exact, url, "", suffixes) if exact else _photos(found, url, pattern, suffixes)
+            return [*exact]
+        return photos(exact or found, url, "" if exact else pattern, suffixes)
 
     def local(self, out: str) -> str:
         """Return what stands on this machine for the URL of -o; that of a folder ends in a slash.
@@ -193,7 +193,7 @@ class Transit:
         if owner is None or any(path.is_relative_to(whole) for whole in self._whole):
             return False
         if path not in self._asked:
-            self._asked[path] = bool(buckets.open(self.shown(path)).list())
+            self._asked[path] = bool(awaited(buckets.open(self.shown(path)).list))
         return self._asked[path]
 
     def _written(self) -> set[Path]:
@@ -201,8 +201,8 @@ class Transit:
             local, url = self.plan.out
             url += self.plan.name
             place = buckets.open(url)
-            found = place.list()
-            base = Path(local) if _single(found, url, place) else Path(local, self.plan.name)
+            found = self._outlet.listed(lambda: awaited(place.list))
+            base = Path(local) if single(found, url, place) else Path(local, self.plan.name)
             self._there = {base / each.path for each in found}
         return self._there or set()
 
@@ -232,8 +232,10 @@ class Transit:
 
         Raises:
             ImgtoolError: It is gone, may not be read, the network is down, the disk is full.
+            Fatal: What is made of it could not be sent.
         """
         source = item.source
+        self._outlet.check()
         if not item.url or source is None:
             return
         with self._lock:
@@ -256,7 +258,7 @@ class Transit:
             if item in self._coming:
                 self._coming.remove(item)
             task = self._tasks.get(source)
-            if task and not task.done() and not task.cancel():
+            if task and not task.done():
                 self._dropped.add(source)
             else:
                 self._forget(source)
@@ -275,10 +277,8 @@ class Transit:
     def _start(self, item: files.Item) -> Future[None]:
         if item in self._coming:
             self._coming.remove(item)
-        if self._threads is None:
-            self._threads = ThreadPoolExecutor(self._many, thread_name_prefix="imgtool-transit")
         source = Path(item.source or "")
-        task = self._tasks[source] = self._threads.submit(self._fetch, item, source)
+        task = self._tasks[source] = apart(partial(self._fetch, item, source))
         task.add_done_callback(lambda _: self._landed(source))
         return task
 
@@ -296,35 +296,46 @@ class Transit:
         owner = self._owned(source)
         if owner is None:
             raise ValueError(f"{source} is not of this run")
+        if isinstance(item, Photo) and item.refused:
+            raise ImgtoolError(f"{item.url}: {item.refused}")
         self._hold()
         found = item.found if isinstance(item, Photo) else Found(source.relative_to(owner[0]).as_posix())
         with files.atomic(source) as temporary:
             self._fetch_right(owner[1], found, item.url, temporary)
-            os.utime(temporary, (_DATE, _DATE))
+            os.utime(temporary, (spool.DATE, spool.DATE))
+            self._go_on_or_close()
 
     def _fetch_right(self, above: str, found: Found, url: str, target: Path) -> None:
-        """Fetch a photo into a file; once more, where its hashes are not those that were told.
-
-        An ETag that contradicts the same content twice is no MD5, and none there is believed any more.
-        """
+        """Fetch a photo into a file; once more, where its hashes are not those that were told."""
         told = dict(found.digests)
-        if above in self._doubted:
-            told.pop("etag-md5", None)
-        before: dict[str, str] = {}
-        for _ in range(2):
-            _copy(self._place(above), found, target)
+        before: dict[str, str] | None = None
+        while True:
+            self._copy(self._place(above), found, target)
             if found.size not in (-1, target.stat().st_size):
                 raise ImgtoolError(f"{url} has changed since it was listed", "run it again")
             made = manifest.hashes(target, told) if told else {}
-            wrong = [name for name, value in told.items() if (made.get(name) or value) != value]
-            if wrong == ["etag-md5"] and made == before:
-                self._doubted.add(above)
-                return
-            if not wrong:
-                return
+            try:
+                verdict = self._etags[above].judge(found, made, before)
+            except ImgtoolError as fault:
+                raise ImgtoolError(f"{url}: {fault.what}", fault.hint) from None
+            if verdict is not Verdict.AGAIN:
+                break
             before = made
-        hint = "run it again; where that does not help, what is stored or the way to it is damaged"
-        raise ImgtoolError(f"{url}: its {wrong[0].upper()} is not what the store tells, twice", hint)
+        if verdict is Verdict.DOUBTFUL and before:  # else all there are so, and the first ones were named
+            self._warn(etags.warning([url]))
+
+    def _copy(self, place: Place, found: Found, target: Path) -> None:
+        """Write what lies elsewhere into a file; a large one goes there in pieces."""
+        with target.open("wb") as file:
+            ranges = [None] if found.size <= WHOLE else pieces(found.size)
+            for each in ranges:
+                self._go_on_or_close()
+                read = partial(place.read, found, *each) if each else partial(place.whole, found)
+                file.write(patiently(read, self._stop))
+
+    def _go_on_or_close(self) -> None:
+        if self._stop.is_set():
+            raise Closed
 
     # --- outputs ---
 
@@ -333,19 +344,23 @@ class Transit:
 
         Raises:
             ImgtoolError: One cannot be sent; it and those behind it stay in the spool, which is named.
+            Fatal: Nor can any other.
         """
         for path in paths:
             owner = self._owned(path)
             if owner is None:
                 continue
             writable(owner[1])
+            below = path.absolute().relative_to(owner[0]).as_posix()
+            work = partial(put, self._place(owner[1]), path, below)
             try:
-                put(self._place(owner[1]), path, path.absolute().relative_to(owner[0]).as_posix())
+                self._outlet.sent(partial(awaited, work))
             except ImgtoolError as fault:
                 # Of all that lies in it messages give the URL; the spool itself has none.
                 hint = f"{fault.hint}; what was to be sent is in {self.plan.spool}".removeprefix("; ")
-                raise ImgtoolError(fault.what, hint, fault.code) from None
-            path.unlink(missing_ok=True)
+                raise type(fault)(fault.what, hint, fault.code) from None
+            for each in (path, *self._left.pop(spool.address(owner[1], below), ())):
+                each.unlink(missing_ok=True)
             if self._there is not None:
                 self._there.add(path.absolute())
 
@@ -363,34 +378,35 @@ class Transit:
             Outputs that were not sent, for which the spool stays; those of a worker are told by who began.
         """
         with self._lock:
+            self._stop.set()  # a request may take long: nobody waits for its thread
             self._coming.clear()
-            threads, here = self._threads, [*self._tasks]
-        if threads:
-            threads.shutdown(cancel_futures=True)
+            here = [*self._tasks]
         for source in here:
             source.unlink(missing_ok=True)
         left: list[Path] = []
-        if self._owner or (self._held >= 0 and _alone(self._held)):
-            left = _cleared(Path(self.plan.spool))
+        if self._owner or (self._held >= 0 and spool.alone(self._held)):
+            left = spool.cleared(Path(self.plan.spool))
         if self._held >= 0:
             os.close(self._held)
             self._held = -1
+        if self._owner and self.plan.left:
+            spool.sweep(Path(self.plan.spool).parent)
         return left
 
     def _hold(self) -> None:
         """Hold the spool, on whatever machine this is, against who sweeps."""
         with self._lock, suppress(OSError):  # which the photo itself meets too
-            if self._held < 0:
+            if self._held < 0 and not self._stop.is_set():
                 Path(self.plan.spool).mkdir(parents=True, exist_ok=True)
-                self._held = _locked(Path(self.plan.spool))
+                self._held = spool.held(Path(self.plan.spool))
 
     def _owned(self, path: Path) -> tuple[str, str] | None:
         """Return the folder in the spool that holds a path, and its URL; None for any other path."""
         path = path.absolute()
-        for local, url in [*self.plan.sources, *([self.plan.out] if self.plan.out else [])]:
-            if path.is_relative_to(local):
-                return local, url
-        return None
+        return next((each for each in self._folders() if path.is_relative_to(each[0])), None)
+
+    def _folders(self) -> Iterable[tuple[str, str]]:
+        return [*self.plan.sources, *([self.plan.out] if self.plan.out else [])]
 
     def _place(self, url: str) -> Place:
         with self._lock:
@@ -399,173 +415,9 @@ class Transit:
             return self._places[url]
 
 
-def _copy(place: Place, found: Found, target: Path) -> None:
-    """Write what lies elsewhere into a file; a large one goes there in pieces."""
-    with target.open("wb") as file:
-        if found.size <= WHOLE:
-            file.write(patiently(lambda: place.whole(found)))
-            return
-        for begin, end in pieces(found.size):
-            file.write(patiently(partial(place.read, found, begin, end)))
-
-
-def _locked(spool: Path) -> int:
-    """Open the lock of a spool, and share it with all who take part in the run; -1 where there are none."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: what a killed process leaves stays
-        return -1
-    lock = os.open(spool / _LOCK, os.O_CREAT | os.O_RDWR, 0o666)
-    with suppress(OSError):  # a file system without locks
-        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    return lock
-
-
-def _alone(lock: int) -> bool:
-    """Take a lock for oneself; tell whether nobody else holds it."""
-    try:
-        import fcntl
-
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (ImportError, OSError):
-        return False
-    return True
-
-
-def _sweep(folder: Path) -> None:
-    """Clear the spools that nobody holds."""
-    for lock in folder.glob(f"[!.]*/{_LOCK}"):
-        with suppress(OSError):
-            held = os.open(lock, os.O_RDWR)
-            if _alone(held):
-                _cleared(lock.parent)
-            os.close(held)
-
-
-def _cleared(spool: Path) -> list[Path]:
-    """Remove all of a spool but outputs, and return these; without any, it is gone."""
-    left = []
-    for parent, _, found in os.walk(spool, topdown=False):
-        for path in (Path(parent, name) for name in found):
-            with suppress(OSError):
-                if path.name.startswith(".imgtool-") or path.stat().st_mtime == _DATE:
-                    path.unlink()
-                elif path != spool / _LOCK:
-                    left.append(path)
-        with suppress(OSError):  # something stays in it
-            os.rmdir(parent)
-    if not left:
-        shutil.rmtree(spool, ignore_errors=True)
-    return sorted(left)
-
-
 class _Sent(Container[Path]):
     def __init__(self, transit: Transit) -> None:
         self._transit = transit
 
     def __contains__(self, path: object) -> bool:
         return isinstance(path, Path) and self._transit.holds(path)
-
-
-def _split(url: str) -> tuple[str, str]:
-    """Return the URL of the folder that holds what a URL names, and the name.
-
-    Of a bucket, a host and a repository it is their own URL, and "".
-
-    >>> _split("s3://b/a/x.jpg"), _split("s3://b/a/"), _split("s3://b")
-    (('s3://b/a/', 'x.jpg'), ('s3://b/', 'a'), ('s3://b/', ''))
-    >>> _split("https://h/a/x%20y.jpg?key=1"), _split("hf://datasets/u/n@refs/pr/1")
-    (('https://h/a/?key=1', 'x y.jpg'), ('hf://datasets/u/n@refs/pr/1/', ''))
-    """
-    url, query = _apart(url)
-    scheme, _, rest = url.partition("://")
-    parts = rest.rstrip("/").split("/")
-    if len(parts) <= _root(scheme, parts):
-        return f"{scheme}://{'/'.join(parts)}/{query}", ""
-    name = unquote(parts[-1]) if scheme.startswith("http") else parts[-1]
-    return f"{scheme}://{'/'.join(parts[:-1])}/{query}", name
-
-
-def _root(scheme: str, parts: Sequence[str]) -> int:
-    """Return how many parts name the bucket, the host or the repository."""
-    if scheme != "hf":
-        return 1
-    count = 3 if parts[0] in ("datasets", "spaces", "models") else 2
-    return count + 2 * (len(parts) >= count and parts[count - 1].endswith("@refs"))
-
-
-def _apart(url: str) -> tuple[str, str]:
-    """Return an address, and what follows its ?, if it is one of the web: elsewhere a ? may be in a name."""
-    if not url.startswith("http"):
-        return url, ""
-    address, mark, query = url.partition("?")
-    return address, mark + query
-
-
-def _fixed(url: str) -> tuple[str, str]:
-    """Return the URL of the folder that a URL's files are found in, and the pattern of them or "".
-
-    >>> _fixed("s3://b/a/**/x*.jpg"), _fixed("s3://b/a/x.jpg")
-    (('s3://b/a/', '**/x*.jpg'), ('s3://b/a/', ''))
-    """
-    address, query = _apart(url)
-    if not glob.has_magic(address):
-        return _split(url)[0], ""
-    parts = address.split("/")
-    first = next(number for number, part in enumerate(parts) if glob.has_magic(part))
-    return "/".join(parts[:first]) + "/" + query, "/".join(parts[first:])
-
-
-def _single(listing: Sequence[Found], url: str, place: Place) -> bool:
-    """Tell whether what was listed is the file that a URL names: in a folder, its URL is longer."""
-    name = _split(url)[1]
-    if len(listing) != 1 or listing[0].path != name or url.endswith("/"):
-        return False
-    return place.url(name).count("/") == _apart(url)[0].count("/")
-
-
-def _named(found: Sequence[Photo], name: str) -> list[files.Item]:
-    """Return the file of a name, or the files in the folder of that name."""
-    name = name.rstrip("/")
-    for item in found:
-        if item.relative.as_posix() == name:
-            return [replace(item, relative=Path(item.relative.name), folder=False)]
-    inside = [item for item in found if item.relative.is_relative_to(name)]
-    return [replace(item, relative=item.relative.relative_to(name)) for item in inside]
-
-
-def _photos(
-    found: Sequence[files.Item], url: str, pattern: str, suffixes: Collection[str]
-) -> list[files.Item]:
-    """Return what a folder or pattern stands for, sorted."""
-    if not found:
-        raise ImgtoolError(f"there is nothing at {url}", "check the address", USAGE)
-    if pattern:
-        found = [item for item in found if _matches(item.relative.parts, pattern.split("/"))]
-        what = f"no photo matches {url}"
-    else:
-        what = f"no photo in the folder {url}"
-    photos = [
-        item
-        for item in found
-        if item.relative.suffix.lower() in suffixes
-        and not any(part.startswith(".") for part in item.relative.parts)
-    ]
-    if not photos:
-        hint = "photos end in " + " ".join(sorted(suffixes)) if found else "check the pattern"
-        raise ImgtoolError(what, hint, USAGE)
-    return sorted(photos, key=lambda item: item.relative.parts)
-
-
-def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
-    """Tell whether a path matches a pattern, part by part; ``**`` stands for any number of parts.
-
-    >>> _matches(["a", "b", "x.jpg"], ["**", "*.jpg"]), _matches(["a", "x.jpg"], ["*.jpg"])
-    (True, False)
-    """
-    if not pattern:
-        return not parts
-    if pattern[0] == "**":
-        rest = pattern[1:]
-        return any(_matches(parts[n:], rest) for n in range(len(parts) + 1)) or not rest
-    return bool(parts) and fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])

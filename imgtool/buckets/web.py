@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 from urllib.parse import quote, unquote, urldefrag, urljoin, urlsplit
 
-from imgtool.buckets import Found, Interrupted, Place, manifest
+from imgtool.buckets import Found, Interrupted, Offline, Place, manifest
 from imgtool.buckets.client import Client, Reply, basic
 from imgtool.buckets.patience import patiently
 from imgtool.errors import USAGE, ImgtoolError
@@ -23,6 +23,9 @@ DEEPEST = 32
 """Levels of folders that are looked into: a link that leads back to its own folder has no end."""
 MOST = 1_000_000
 """Files at most in one folder and all below it."""
+
+SILENT = 64
+"""Links at most that the site does not answer for before the site itself counts as out of reach."""
 
 _THREADS = 16
 _PAGE = 1 << 26
@@ -75,11 +78,11 @@ class Remote:
         """Return bytes ``begin`` to ``end`` (excluded) of a file, in one request; raises as ``Place``.
 
         A server that knows no ranges sends the whole file: it is kept, in a temporary file, until every
-        byte of it was asked for.
+        byte of it was asked for. So is one of which nothing tells whether two ranges are of one content.
         """
         if end <= begin:
             return b""
-        if found.path in self._copies:
+        if found.path in self._copies or (end - begin < found.size and not found.telling):
             return self._from_copy(found, begin, end)
         asked = {"Range": f"bytes={begin}-{end - 1}"} | self.headers
         with self.client.ask("GET", self.address(found.path), asked) as reply:
@@ -113,7 +116,7 @@ class Remote:
                 self._copies.pop(found.path).close()
                 del self._given[found.path]
         if len(data) != end - begin:
-            raise ImgtoolError(f"{self.url(found.path)} has changed since it was listed", "run it again")
+            raise self._changed(found)
         return data
 
     def _copied(self, found: Found) -> IO[bytes]:
@@ -131,7 +134,10 @@ class Remote:
         """Return a file in one request; raises as ``Place``."""
         with self.client.ask("GET", self.address(found.path), self.headers) as reply:
             self._check(reply, found)
-            return reply.read()
+            data = reply.read()
+        if found.size not in (-1, len(data)):
+            raise self._changed(found)
+        return data
 
     def _check(self, reply: Reply, found: Found) -> None:
         """Raise what an answer means that is not the file that was listed."""
@@ -139,7 +145,10 @@ class Remote:
             raise reply.refusal(self.url(found.path))
         changed = found.tag and reply.tag and self.tells(found) and found.tag != reply.tag
         if changed or found.size not in (-1, reply.size if reply.size >= 0 else found.size):
-            raise ImgtoolError(f"{self.url(found.path)} has changed since it was listed", "run it again")
+            raise self._changed(found)
+
+    def _changed(self, found: Found) -> ImgtoolError:
+        return ImgtoolError(f"{self.url(found.path)} has changed since it was listed", "run it again")
 
     def tells(self, found: Found) -> bool:
         """Tell whether a file's tag is the one that comes with its bytes."""
@@ -177,6 +186,7 @@ class Site(Remote):
         user, at, host = parts.netloc.rpartition("@")
         self.headers = basic(user) if at else {}
         self._base = f"{parts.scheme}://{host}{quote(parts.path or '/', safe='/%:@!$&()*+,;=~')}"
+        self._silent: list[ImgtoolError] = []
         self._query = f"?{quote(parts.query, safe='/%:@!$&()*+,;=~?')}" if parts.query else ""
 
     def url(self, path: str) -> str:
@@ -196,6 +206,8 @@ class Site(Remote):
 
     def list(self) -> list[Found]:
         """Return every file below, by path; one where the address is a file; [] where there is nothing.
+
+        A link that fails is listed as a file without a size, a folder below without an index as a fault.
 
         Raises:
             Offline: Nobody answers.
@@ -261,14 +273,15 @@ class Site(Remote):
 
     def _crawled(self) -> Iterable[Found]:
         found: dict[str, Found] = {}
+        self._silent.clear()
         seen, folders = {""}, {""}
         with ThreadPoolExecutor(_THREADS) as threads:
             for _ in range(DEEPEST):
-                pages = threads.map(lambda folder: patiently(lambda: self._links(folder)), sorted(folders))
-                links = {link for page in pages for link in page} - seen
+                pages = list(threads.map(self._page, sorted(folders)))
+                links = {link for page in pages if not isinstance(page, Found) for link in page} - seen
                 names = sorted(link for link in links if not link.endswith("/"))
-                looked = list(threads.map(lambda name: patiently(lambda: self._look(name)), names))
-                found |= {each.path: each for each in looked if isinstance(each, Found)}
+                looked = list(threads.map(self._linked, names))
+                found |= {each.path: each for each in (*pages, *looked) if isinstance(each, Found)}
                 folders = links - set(names) | {each for each in looked if isinstance(each, str)} - seen
                 seen |= links | folders
                 if len(found) > MOST:
@@ -276,6 +289,37 @@ class Site(Remote):
                 if not folders:
                     break
         return found.values()
+
+    def _page(self, folder: str) -> Iterable[str] | Found:
+        """Return what a folder's page links to; of a folder below that cannot be listed, its fault."""
+        try:
+            return patiently(lambda: self._links(folder))
+        except ImgtoolError as fault:
+            if not folder:
+                raise
+            self._bear(fault)
+            return Found(folder, fault=fault.what)
+
+    def _linked(self, path: str) -> Found | str | None:
+        """Return as ``_look`` what is linked to; of what fails the name alone: who reads it learns why."""
+        try:
+            return patiently(lambda: self._look(path))
+        except ImgtoolError as fault:
+            self._bear(fault)
+            return Found(path)
+
+    def _bear(self, fault: ImgtoolError) -> None:
+        """Raise a fault of one link again where the site itself is out of reach."""
+        if not isinstance(fault, Offline):
+            return
+        self._silent.append(fault)
+        try:
+            with self.client.ask("HEAD", self.address(""), self.headers):
+                reached = len(self._silent) <= SILENT
+        except (Interrupted, Offline):
+            reached = False
+        if not reached:
+            raise fault
 
     def _links(self, folder: str) -> Iterable[str]:
         """Return the paths that an index page links to, below its own folder; folders end in a slash."""

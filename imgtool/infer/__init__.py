@@ -90,7 +90,8 @@ def run(engine: Engine, settings: Infer, console: Console) -> int:
         if transit:
             transit.check_writable(path for job in listed for path in places.written(job))
         if not batch.jobs:
-            console.say(f"part {settings.shard}: none of the {len(listed)} photos is in it")
+            none = "the one photo is not" if len(listed) == 1 else f"none of the {len(listed)} photos is"
+            console.say(f"part {shard}: {none} in it")
             return DONE
         try:
             batch.open_books()
@@ -196,7 +197,7 @@ def _spread(engine: Engine, settings: Infer, listed: Sequence[Job]) -> Shard | N
     Raises:
         ImgtoolError: Code 2: such a thing is asked for together with a runner or a part, or the part is none.
     """
-    if not settings.runner and not settings.shard:
+    if not settings.runner and settings.shard is None:
         if settings.workers:
             raise ImgtoolError(
                 "--workers says how many processes a runner has", "give --runner processes", USAGE
@@ -216,7 +217,7 @@ def _spread(engine: Engine, settings: Infer, listed: Sequence[Job]) -> Shard | N
         if given:
             what = f"{reason} needs all photos in one process, and {flag} spreads them"
             raise ImgtoolError(what, f"leave out {flag}", USAGE)
-    return shards.shard(settings.shard)
+    return None if settings.shard is None else shards.shard(settings.shard)
 
 
 def _check_stream(listed: Sequence[Job], console: Console) -> None:

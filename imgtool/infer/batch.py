@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from imgtool import files, outputs, report
 from imgtool.console import plain
 from imgtool.engine import Engine, Watch
-from imgtool.errors import DONE, FAILED, ImgtoolError
-from imgtool.infer.listing import Job, Order, Places
+from imgtool.errors import DONE, FAILED, Fatal, ImgtoolError
+from imgtool.infer.listing import Job, Order, Places, many
 from imgtool.infer.work import Outcome, Work, no_memory
 from imgtool.settings import Infer
 
@@ -64,6 +64,7 @@ class Batch:
     _next: float = 0.0
     _send_at: float = field(default_factory=lambda: time.monotonic() + EVERY)
     _closed: bool = False
+    _doomed: bool = False
     _open: dict[Job, Order] = field(default_factory=dict)
 
     @property
@@ -104,14 +105,15 @@ class Batch:
         if transit is None or path.exists() or path not in transit.sent():
             return False
         from imgtool import buckets
+        from imgtool.buckets.outlet import awaited
         from imgtool.buckets.patience import patiently
 
         url = transit.shown(path)
         place = buckets.open(url)
-        found = place.list()
+        found = awaited(place.list)
         if not found:
             raise ImgtoolError(f"no such file: {url}", "it may have been removed since it was listed")
-        files.write(path, patiently(lambda: place.whole(found[0])))
+        files.write(path, awaited(lambda: patiently(lambda: place.whole(found[0]))))
         return True
 
     @contextmanager
@@ -133,9 +135,9 @@ class Batch:
         if self.folder:
             from imgtool.runner import manifest
 
-            path = self.folder / manifest.name(self.settings.shard)
+            path = self.folder / manifest.name(self.shard)
             self._take_back(path)
-            self.manifest = manifest.Manifest(path)
+            self.manifest = manifest.Manifest(path, self.engine.name)
         if self.manifest and self.table and self.settings.skip_existing:
             self._take_rows()
 
@@ -192,6 +194,7 @@ class Batch:
         if transit is None or time.monotonic() < self._send_at:
             return
         from imgtool import buckets
+        from imgtool.buckets.outlet import awaited
 
         for path in self._books():
             url = transit.shown(path)
@@ -199,7 +202,7 @@ class Batch:
                 continue
             above, _, name = url.rpartition("/")
             try:
-                buckets.open(above).write(path, name)
+                awaited(partial(buckets.open(above).write, path, name))
             except (ImgtoolError, buckets.Interrupted) as fault:
                 self.console.detail(f"{fault}; it is tried again")
         self._send_at = time.monotonic() + EVERY
@@ -219,7 +222,7 @@ class Batch:
     @property
     def stopped(self) -> bool:
         """Whether no further input is to be begun, for one has failed."""
-        return bool(self.failures) and self.settings.fail_fast
+        return self._doomed or (bool(self.failures) and self.settings.fail_fast)
 
     def _fetch_ahead(self, number: int) -> None:
         if self.work.transit:
@@ -392,6 +395,7 @@ class Batch:
         name = order.job.item.name
         self._open.pop(order.job, None)
         self.failures.append((name, fault))
+        self._doomed = self._doomed or isinstance(fault, Fatal)
         told = {"error": fault.what, "hint": fault.hint}
         self._note(order, {"status": "failed", "worker": worker, **told, "begun": begun})
         self.console.error(fault, "" if name in fault.what else name)
@@ -428,7 +432,8 @@ class Batch:
     def left(self) -> str:
         """Return how far an interrupted batch came, and how it goes on."""
         goes_on = ": the same command with --skip-existing goes on" if self.names else ""
-        return f"{self.ended} of {len(self.jobs)} photos are done{goes_on}"
+        verb = "is" if len(self.jobs) == 1 else "are"
+        return f"{self.ended} of {many(len(self.jobs), 'photo')} {verb} done{goes_on}"
 
     def verdict(self) -> int:
         """Say what failed, all together at the end of a batch, and return the exit code."""
@@ -439,4 +444,6 @@ class Batch:
         self.console.say(f"{len(self.failures)} of {len(self.jobs)} failed:")
         for name, fault in self.failures:
             self.console.say(f"  {fault.what}" if name in fault.what else f"  {name}: {fault.what}")
+        if self._doomed:
+            self.console.say(self.left())
         return FAILED

@@ -17,6 +17,15 @@ if TYPE_CHECKING:
     from imgtool.buckets.transit import Transit
 
 
+def many(count: int, noun: str) -> str:
+    """Return a number of things in words.
+
+    >>> many(1, "photo"), many(0, "photo")
+    ('1 photo', '0 photos')
+    """
+    return f"{count} {noun}{'s' * (count != 1)}"
+
+
 @dataclass(frozen=True)
 class Job:
     """One input, and where what is made of it goes.

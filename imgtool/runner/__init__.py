@@ -7,17 +7,21 @@ do to one photo after the other what the plain run does.
 from __future__ import annotations
 
 import os
+import signal
+import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 
 from imgtool import names, places, runtime
 from imgtool.console import Bar
 from imgtool.errors import ImgtoolError
 from imgtool.infer.batch import Batch
-from imgtool.infer.listing import Order
+from imgtool.infer.listing import Order, many
 from imgtool.infer.work import Outcome
 from imgtool.runner import cluster, processes
 from imgtool.runner.dealer import Dealer, Pool
@@ -47,20 +51,58 @@ def run(batch: Batch) -> int:
     batch.open_manifest()
     books = Books(batch)
     try:
-        with console.progress(len(batch.jobs), f"infer {batch.engine.name}") as books.bar:
-            orders = [order for order in map(batch.places.order, batch.jobs) if books.admitted(order)]
-            if orders and not batch.stopped:
-                _deal(books, orders)
-    except KeyboardInterrupt:
-        console.say(batch.left())
-        raise
+        with _interrupted_once():
+            _go(books)
     finally:
-        books.sweep()
         batch.close()
     console.say(books.told())
     if console.json:
         console.result({"summary": books.summary()})
     return batch.verdict()
+
+
+def _go(books: Books) -> None:
+    batch = books.batch
+    try:
+        with batch.console.progress(len(batch.jobs), f"infer {batch.engine.name}") as books.bar:
+            orders = [order for order in map(batch.places.order, batch.jobs) if books.admitted(order)]
+            if orders and not batch.stopped:
+                _deal(books, orders)
+    except KeyboardInterrupt:
+        batch.console.say(batch.left())
+        raise
+    finally:
+        books.sweep()
+
+
+@contextmanager
+def _interrupted_once() -> Iterator[None]:
+    """Have Ctrl-C or SIGTERM interrupt the block once: what comes after does not keep it from ending workers.
+
+    Outside the main thread there is nothing to be interrupted.
+    """
+    heard = False
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal heard
+        if not heard:
+            try:
+                handlers[number](number, frame)
+            except KeyboardInterrupt:
+                heard = True
+                raise
+
+    found = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    here = threading.current_thread() is threading.main_thread()
+    handlers = {int(number): each for number, each in found.items() if here and callable(each)}
+    for number in handlers:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, each in handlers.items():
+            if signal.getsignal(number) is stop:
+                signal.signal(number, each)
 
 
 def _deal(books: Books, orders: Sequence[Order]) -> None:
@@ -69,7 +111,7 @@ def _deal(books: Books, orders: Sequence[Order]) -> None:
     pool, workers, threads = _pool(books, min(settings.workers, len(orders)), settings.threads)
     workers = min(workers, len(orders))
     books.batch.console.say(
-        f"{len(orders)} photos, {workers} workers of {threads} thread{'s' * (threads > 1)}"
+        f"{many(len(orders), 'photo')}, {many(workers, 'worker')} of {many(threads, 'thread')}"
     )
     dealer = Dealer(pool, books, workers, settings.fail_fast, books.tick)
     books.dealer = dealer
@@ -79,7 +121,8 @@ def _deal(books: Books, orders: Sequence[Order]) -> None:
         at_once = False
     finally:
         books.ended_at = time.monotonic()
-        books.dead += [dealt.order for hand in dealer.hands for dealt in hand.orders]
+        for hand in dealer.hands:
+            books.gone(hand.worker, [dealt.order for dealt in hand.orders])
         pool.close(at_once)
 
 
@@ -94,7 +137,8 @@ def _pool(books: Books, workers: int, threads: int) -> tuple[Pool, int, int]:
         )
 
     if batch.settings.runner == "ray":
-        ours, workers, threads = cluster.connect(workers, threads)
+        cuda = batch.settings.device.startswith("cuda")
+        ours, workers, threads = cluster.connect(workers, threads, cuda, batch.console.warn)
         return cluster.Cluster(brief(), ours, batch.console.say), workers, threads
     cores = runtime.cores()
     workers, threads = cluster.sizes(workers, threads, cores, cores)
@@ -121,20 +165,18 @@ class Books:
         batch: The batch.
         bar: Moves with each photo.
         dealer: Who deals, once there is something to deal.
-        dead: Photos whose worker died with them.
         counts: How many photos ended how.
     """
 
     batch: Batch
     bar: Bar = field(default_factory=Bar)
     dealer: Dealer | None = None
-    dead: list[Order] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
     began: float = field(default_factory=time.monotonic)
     ended_at: float = 0.0
     _told_at: float = field(default_factory=time.monotonic)
     _told: str = ""
-    _leftovers: set[Path] = field(default_factory=set)
+    _gone: set[tuple[Path, str]] = field(default_factory=set)
 
     def admitted(self, order: Order) -> bool:
         """Tell whether a photo is to be done; count it where it is not."""
@@ -163,9 +205,11 @@ class Books:
         self.bar.advance(1)
 
     def lost(self, worker: str, orders: Sequence[Order], reason: str) -> None:
-        """Say that a worker died; remember what it may have left half written."""
-        self._leftovers |= _temporary(orders)
-        again = f": {len(orders)} photos are dealt again" if orders and not self.batch.stopped else ""
+        """Say that a worker died; remember where it may have left something half written."""
+        self.gone(worker, orders)
+        verb = "is" if len(orders) == 1 else "are"
+        told = f": {many(len(orders), 'photo')} {verb} dealt again"
+        again = told if orders and not self.batch.stopped else ""
         self.batch.console.say(f"the worker {worker or '(as it started)'} died ({reason}){again}")
 
     def words(self, words: Sequence[tuple[str, str]]) -> None:
@@ -207,26 +251,25 @@ class Books:
         """Return the figures in words."""
         found = self.summary()
         if self.dealer is None:
-            return f"{len(self.batch.jobs)} photos: nothing to do"
+            return f"{many(len(self.batch.jobs), 'photo')}: nothing to do"
         return (
-            f"{self.dealer.finished} photos in {found['seconds']:.1f} s after "
+            f"{many(self.dealer.finished, 'photo')} in {found['seconds']:.1f} s after "
             f"{found['start_up_seconds']:.1f} s of start-up: {found['images_per_second']:.1f} images/s"
         )
 
-    def sweep(self) -> None:
-        """Remove what workers that died left half written: nobody who lives writes it any more.
+    def gone(self, worker: str, orders: Sequence[Order]) -> None:
+        """Note that a worker, known by host and process, ended before these photos did."""
+        process = worker.rpartition(":")[2]
+        self._gone |= {(path.parent, process) for order in orders for path in order.written}
 
-        Into the folder of a part of a batch other parts write as well: there only what is old goes.
+    def sweep(self) -> None:
+        """Remove what workers that are gone left half written; their process is part of its name.
+
+        Into the folder of a part of a batch other parts write as well, perhaps on other machines, whose
+        processes may have the same numbers: there only what is old goes.
         """
-        for path in self._leftovers | _temporary(self.dead):
-            try:
+        left = (path for folder, process in self._gone for path in folder.glob(f".imgtool-{process}-*"))
+        for path in left:
+            with suppress(OSError):
                 if not self.batch.shard or time.time() - path.stat().st_mtime > STALE:
                     path.unlink()
-            except OSError:
-                continue
-
-
-def _temporary(orders: Sequence[Order]) -> set[Path]:
-    """Return the temporary files in the folders that the work on photos writes into."""
-    folders = {path.parent for order in orders for path in order.written}
-    return {path for folder in folders for path in folder.glob(".imgtool-*") if path.is_file()}

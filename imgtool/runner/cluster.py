@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 import logging
 import os
 import signal
@@ -13,13 +14,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from imgtool import runtime
 from imgtool.errors import USAGE, ImgtoolError
+from imgtool.infer.listing import many
 from imgtool.runner.dealer import Hand, Lost, News
 from imgtool.runner.worker import Brief, Dealt, Worker
 
@@ -38,6 +40,9 @@ PATIENCE = 10.0
 CROWDED = 20.0
 """Seconds for which actors may wait for a place before it is said."""
 
+REMINDER = 60.0
+"""Seconds after which it is said again, where not one of them has a place."""
+
 MANY = 8
 """Actors of which several are likely to have answered: asking costs about a millisecond."""
 
@@ -48,19 +53,21 @@ def check() -> None:
         raise ImgtoolError("--runner ray needs Ray", "pip install 'imgtool[ray]'", USAGE)
 
 
-def connect(workers: int, threads: int) -> tuple[bool, int, int]:
+def connect(workers: int, threads: int, cuda: bool, warn: Callable[[str], None]) -> tuple[bool, int, int]:
     """Connect to the cluster that RAY_ADDRESS names, or start one here.
 
     Args:
-        workers: Actors wanted; 0: as many as there are cores for.
+        workers: Actors wanted; 0: as many as there are cores for, or GPUs.
         threads: CPUs of each; 0: its share of the cores.
+        cuda: Whether each is to have a GPU.
+        warn: Told where no node has room for an actor, and one may come that has.
 
     Returns:
         Whether the connection is ours to end (a program that called us may have its own), and the numbers of
         actors and of their threads.
 
     Raises:
-        ImgtoolError: There is no such cluster, or none can be started.
+        ImgtoolError: There is no such cluster, none can be started, or no node of it has room for an actor.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -69,16 +76,81 @@ def connect(workers: int, threads: int) -> tuple[bool, int, int]:
         _identify()
     ray: Any = importlib.import_module("ray")
     ours = not ray.is_initialized()
-    if ours and address == "local":
-        workers, threads = sizes(workers, threads, runtime.cores(), runtime.cores())
-        store = {"num_cpus": workers * threads, "object_store_memory": STORE}
-        _begin(ray, address, include_dashboard=False, **store)
-        return True, workers, threads
-    if ours:
+    local = ours and address == "local"
+    if local:
+        count, each = sizes(workers, threads, runtime.cores(), runtime.cores())
+        _begin(ray, address, include_dashboard=False, num_cpus=count * each, object_store_memory=STORE)
+    elif ours:
         _begin(ray, address)
-    found = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
-    cores = [each for each in found if each] or [1]
-    return ours, *sizes(workers, threads, sum(cores), min(cores))
+    nodes = _nodes(ray)
+    lack = lacking(nodes, threads or 1, cuda)
+    if lack and (local or _is_fixed(ray)):
+        if ours:
+            ray.shutdown()
+        has = any(gpus >= cuda for _, gpus in nodes)
+        raise ImgtoolError(
+            lack, "give fewer --threads" if has else "give --device cpu, or another RAY_ADDRESS"
+        )
+    if lack:
+        warn(f"{lack}; the workers wait for one that has")
+    return ours, *placed(workers, threads, nodes, cuda)
+
+
+def _nodes(ray: Any) -> list[tuple[int, int]]:
+    """Return the CPUs and GPUs of each node that lives."""
+    found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [(int(each.get("CPU", 0)), int(each.get("GPU", 0))) for each in found]
+
+
+def lacking(nodes: Sequence[tuple[int, int]], cpus: int, cuda: bool) -> str:
+    """Say what no node has for an actor, "" where one has it.
+
+    >>> lacking([(2, 0), (8, 0)], 4, False)
+    ''
+    >>> lacking([(2, 0)], 4, False)
+    'no node of the Ray cluster has the 4 CPUs of a worker: the largest has 2 CPUs'
+    >>> lacking([(16, 0), (2, 1)], 4, True)
+    'no node of the Ray cluster has the 4 CPUs and 1 GPU of a worker: the largest has 2 CPUs and 1 GPU'
+    """
+    if any(own >= cpus and gpus >= cuda for own, gpus in nodes):
+        return ""
+    gpus, own = max(((gpus, own) if cuda else (0, own) for own, gpus in nodes), default=(0, 0))
+    wanted, largest = many(cpus, "CPU"), many(own, "CPU")
+    if cuda:
+        wanted, largest = f"{wanted} and 1 GPU", f"{largest} and {many(gpus, 'GPU')}"
+    return f"no node of the Ray cluster has the {wanted} of a worker: the largest has {largest}"
+
+
+def _is_fixed(ray: Any) -> bool:
+    """Tell whether a cluster is known not to grow by itself: Ray names nodes that were started by hand so."""
+    with suppress(Exception):  # no part of Ray's interface: where it has changed, nothing is known
+        store = importlib.import_module("ray.experimental.internal_kv")
+        told = json.loads(store._internal_kv_get("__autoscaling_status"))
+        kinds = {*told["autoscaler_report"]["active_nodes"]}
+        return bool(kinds) and kinds <= {f"node_{node['NodeID']}" for node in ray.nodes()}
+    return False
+
+
+def placed(workers: int, threads: int, nodes: Sequence[tuple[int, int]], cuda: bool) -> tuple[int, int]:
+    """Return how many workers there are on the nodes of a cluster, with how many threads each.
+
+    Args:
+        workers: As many as are wanted; 0: as many as there are cores for, or GPUs.
+        threads: As many as are wanted; 0: a share of the cores.
+        nodes: CPUs and GPUs of each.
+        cuda: Whether each worker has a GPU.
+
+    >>> placed(0, 0, [(8, 0), (32, 2)], False), placed(0, 4, [(2, 2), (32, 2), (64, 1)], True)
+    ((40, 1), (3, 4))
+    >>> placed(0, 0, [(8, 0), (32, 2), (64, 1)], True), placed(1, 0, [(16, 4)], True)
+    ((3, 16), (1, 16))
+    """
+    if cuda:
+        found = [(cpus, gpus) for cpus, gpus in nodes if gpus and cpus] or [(1, 1)]
+        count = workers or max(1, sum(min(gpus, cpus // (threads or 1)) for cpus, gpus in found))
+        return count, threads or max(1, min(cpus // min(gpus, count) for cpus, gpus in found))
+    cores = [cpus for cpus, _ in nodes if cpus] or [1]
+    return sizes(workers, threads, sum(cores), min(cores))
 
 
 def _identify() -> None:
@@ -154,7 +226,7 @@ class Cluster:
     Attributes:
         brief: What each is told.
         ours: Whether the connection is ours to end.
-        say: Told, once, that actors wait for a place.
+        say: Told that actors wait for a place: once, or as long as all of them do.
         running: The actor of each hand, and the answers that are awaited.
         placed: Answers that come as soon as an actor has a place, and since when they are awaited.
     """
@@ -168,12 +240,12 @@ class Cluster:
     def __post_init__(self) -> None:
         """Take Ray, which is imported."""
         self.ray: Any = importlib.import_module("ray")
-        cuda = self.brief.settings.device.startswith("cuda")
-        if cuda:  # the one that Ray gives is the only one that the actor sees
+        self.cuda = self.brief.settings.device.startswith("cuda")
+        if self.cuda:  # the one that Ray gives is the only one that the actor sees
             settings = self.brief.settings.model_copy(update={"device": "cuda"})
             self.brief = replace(self.brief, settings=settings)
         # One that died is replaced by the dealer, who knows what it worked on.
-        options = {"num_cpus": self.brief.settings.threads, "num_gpus": int(cuda), "max_restarts": 0}
+        options = {"num_cpus": self.brief.settings.threads, "num_gpus": int(self.cuda), "max_restarts": 0}
         self.actor = self.ray.remote(**options)(Worker)
 
     def hire(self) -> Hand:
@@ -204,12 +276,16 @@ class Cluster:
     def _tell_of_crowd(self) -> None:
         _, waiting = self.ray.wait([*self.placed], num_returns=len(self.placed), timeout=0)
         self.placed = {answer: self.placed[answer] for answer in waiting}
-        if any(time.monotonic() - since > CROWDED for since in self.placed.values()):
-            self.placed.clear()
-            cpus = self.brief.settings.threads
+        now = time.monotonic()
+        if any(now - since > CROWDED for since in self.placed.values()):
+            none = len(waiting) == len(self.running)
+            self.placed = dict.fromkeys(waiting, now - CROWDED + REMINDER) if none else {}
+            cpus, verb = self.brief.settings.threads, "waits" if len(waiting) == 1 else "wait"
+            each = f"{many(cpus, 'CPU')}{' and 1 GPU' * self.cuda} each"
+            lack = lacking(_nodes(self.ray), cpus, self.cuda)
             self.say(
-                f"{len(waiting)} of {len(self.running)} workers wait for room in the Ray cluster, "
-                f"{cpus} CPU{'s' * (cpus > 1)} each"
+                f"{len(waiting)} of {many(len(self.running), 'worker')} {verb} for room in the Ray cluster, "
+                f"{each}{': ' * bool(lack)}{lack}"
             )
 
     def _heard(self, hand: Hand, answer: Any) -> Any:

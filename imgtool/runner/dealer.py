@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from imgtool.errors import ImgtoolError
+from imgtool.errors import Fatal, ImgtoolError
 from imgtool.infer.listing import Order
 from imgtool.infer.work import Outcome
 from imgtool.runner.worker import Dealt, Reply
@@ -126,7 +126,7 @@ class Dealer:
         pool: Where workers come from.
         books: Told how it goes.
         workers: How many to hire.
-        fail_fast: Deal and call for nothing more once a photo has failed.
+        fail_fast: Deal and call for nothing more once a photo has failed; a fatal fault always ends it so.
         tick: Called at least every second, with the number of photos that have ended.
         finished: Photos that have ended.
         ready_at: When the last of the first workers, or as yet the first one, was ready.
@@ -137,7 +137,7 @@ class Dealer:
         deaths: Of a photo by its number, the workers that died of it: it was alone in its call.
         suspects: The numbers of photos of which a worker may have died: until they have ended, a call is for
             one.
-        stopped: Whether ``fail_fast`` has come to pass.
+        stopped: Whether that has come to pass.
     """
 
     pool: Pool
@@ -244,7 +244,8 @@ class Dealer:
 
     def _failed(self, order: Order, fault: ImgtoolError, worker: str) -> None:
         self.books.failed(order, fault, worker)
-        if self.fail_fast:  # what a worker has it keeps; what it was not called for, it will not do
+        if self.fail_fast or isinstance(fault, Fatal):
+            # What a worker has it keeps; what it was not called for, it will not do.
             self.stopped = True
             self.backlog.clear()
 

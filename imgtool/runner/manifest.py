@@ -14,40 +14,41 @@ from typing import Any
 from imgtool import files, names
 from imgtool.console import plain
 from imgtool.errors import ImgtoolError
+from imgtool.runner.shards import Shard
+
+NAME = Path("infer-manifest.jsonl")
 
 
-def name(part: str) -> str:
-    """Return the name of the manifest of a whole batch (``part`` is ""), or of a part such as "3/16".
-
-    >>> name(""), name("3/16")
-    ('infer-manifest.jsonl', 'infer-manifest-3-of-16.jsonl')
-    """
-    return f"infer-manifest{'-' * bool(part)}{part.replace('/', '-of-')}.jsonl"
+def name(shard: Shard | None) -> Path:
+    """Return the name of the manifest of a whole batch, or of a part of one."""
+    return shard.named(NAME) if shard else NAME
 
 
 class Manifest:
     """A file with one JSON object a line, which is only ever added to; one batch at a time holds it.
 
-    Keys: ``input``, ``output`` (None where no picture is written), ``status``, ``worker`` (host and process),
-    and as they apply ``error``, ``hint``, ``begun``, ``seconds``, ``facts``, ``row`` (of the engine's table).
-    The status is "begun" as soon as a photo's files may be written, and when it ends "done", "failed" (with
-    ``begun`` where some of them may be there) or "left out" (its output was there). What has begun stays so
-    until it is done, however often it fails before it begins.
+    Keys: ``engine``, ``input``, ``output`` (None where no picture is written), ``status``, ``worker`` (host
+    and process), and as they apply ``error``, ``hint``, ``begun``, ``seconds``, ``facts``, ``row`` (of the
+    engine's table). The status is "begun" as soon as a photo's files may be written, and when it ends "done",
+    "failed" (with ``begun`` where some of them may be there) or "left out" (its output was there). What has
+    begun stays so until it is done, however often it fails before it begins, or until another engine may
+    have written its output: of other engines' lines nothing else matters.
 
     Attributes:
         path: The file.
+        engine: Name of the engine.
         rows: Photo to row of the table, as earlier runs found it.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, engine: str) -> None:
         """Read what is there, and open the file for more.
 
         Raises:
             ImgtoolError: It cannot be read or written, or another batch holds it.
         """
-        self.path = path
+        self.path, self.engine = path, engine
         self.rows: dict[str, dict[str, Any]] = {}
-        self._begun: set[str] = set()
+        self._begun: dict[str, str] = {}  # input to output
         _resolved.cache_clear()
         self._file = self._opened()
         try:
@@ -60,19 +61,26 @@ class Manifest:
         """Read what earlier runs wrote, and end a line that the last one did not."""
         self._hold()
         for line in files.json_lines(self.path):
-            if not isinstance(line.get("input"), str):
-                continue
-            if line.get("row"):
-                self.rows[line["input"]] = line["row"]
-            if line.get("status") == "begun" or line.get("begun"):
-                self._begun.add(known_as(line["input"]))
-            elif line.get("status") == "done":
-                self._begun.discard(known_as(line["input"]))
+            if isinstance(line.get("input"), str):
+                self._take(line, known_as(line["input"]), known_as(line.get("output") or ""))
         size = self._file.seek(0, os.SEEK_END)
         if size:
             self._file.seek(size - 1)
             if self._file.read(1) != b"\n":
                 self._write(b"\n")
+
+    def _take(self, line: Mapping[str, Any], photo: str, output: str) -> None:
+        begun = line.get("status") == "begun" or line.get("begun")
+        if line.get("engine") != self.engine:
+            if begun and line.get("output") and self._begun.get(photo) == output:
+                del self._begun[photo]  # what is there now is not ours to overwrite
+            return
+        if line.get("row"):
+            self.rows[line["input"]] = line["row"]
+        if begun:
+            self._begun[photo] = output
+        elif line.get("status") == "done":
+            self._begun.pop(photo, None)
 
     def _opened(self) -> FileIO:
         try:
@@ -105,7 +113,8 @@ class Manifest:
         Raises:
             ImgtoolError: The disk is full, ...
         """
-        self._write(json.dumps(plain(record), allow_nan=False).encode() + b"\n")
+        line = plain({"engine": self.engine, **record})
+        self._write(json.dumps(line, allow_nan=False).encode() + b"\n")
 
     def _write(self, data: bytes) -> None:
         try:

@@ -26,19 +26,24 @@ class Shard:
         """
         return crc32(relative.as_posix().encode("utf-8", "surrogateescape")) % self.parts == self.part
 
+    def __str__(self) -> str:
+        """Return it as --shard has it."""
+        return f"{self.part}/{self.parts}"
+
     def named(self, path: Path) -> Path:
         """Return a path for this part alone: ``table.csv`` becomes ``table-3-of-16.csv``."""
         return path.with_name(f"{path.stem}-{self.part}-of-{self.parts}{path.suffix}")
 
 
-def shard(text: str) -> Shard | None:
-    """Read what --shard says; None where it says nothing.
+def shard(text: str) -> Shard:
+    """Read what --shard says.
 
     Raises:
         ImgtoolError: Code 2: it is no "i/n" with 0 <= i < n.
     """
     if not text:
-        return None
+        hint = "give i/n, such as 0/4; or is the variable that it comes from not set?"
+        raise ImgtoolError("--shard is empty", hint, USAGE)
     found = re.fullmatch(r"(\d{1,9})/(\d{1,9})", text, re.ASCII)
     if not found or int(found[1]) >= int(found[2]):
         hint = "give i/n with i from 0 to n - 1, such as 0/4, 1/4, 2/4 and 3/4"

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from imgtool import engines
 from imgtool.console import Bar
-from imgtool.errors import USAGE, ImgtoolError
+from imgtool.errors import USAGE, Fatal, ImgtoolError
 from imgtool.infer.listing import Order
 
 if TYPE_CHECKING:
@@ -105,6 +105,11 @@ class Reply:
     bug: str = ""
     words: Sequence[tuple[str, str]] = ()
 
+    @property
+    def ends(self) -> bool:
+        """Whether nothing is to be done after it."""
+        return bool(self.bug) or isinstance(self.fault, Fatal)
+
 
 class Worker:
     """A network in a process of its own. Methods that are called from outside raise nothing."""
@@ -138,7 +143,7 @@ class Worker:
         if brief.plan:
             from imgtool.buckets.transit import Transit
 
-            transit = Transit(brief.plan)
+            transit = Transit(brief.plan, warn=self.words.warn)
         settings = self._settings()
         weights = weights_of(engine, settings)
         self.work = Work(engine, settings, self.words, weights, brief.total, transit)
@@ -150,11 +155,11 @@ class Worker:
         if self.brief.host == socket.gethostname() or not self.brief.copies:
             return settings
         from imgtool import names
-        from imgtool.buckets import fetch
+        from imgtool.buckets.mirror import mirror
 
         values = {}
         for name, url in self.brief.copies.items():
-            copy = fetch.mirror(url, self.words.say)
+            copy = mirror(url, self.words.say, warn=self.words.warn)
             names.call(copy, url)
             values[name] = type(getattr(settings, name))(copy)
         return settings.model_copy(update=values)
@@ -167,14 +172,15 @@ class Worker:
             most: How many to process at most, of those that it has.
 
         Returns:
-            A reply for each that was processed, in their order; after a bug none is.
+            A reply for each that was processed, in their order; after a bug, or a fault that is fatal to
+            the batch, none is.
         """
         began = time.monotonic()
         self.orders.extend(more)
         if self.work and self.work.transit:
             self.work.transit.ahead([each.order.job.item for each in more])
         replies = [self._next()]
-        while len(replies) < most and not replies[-1].bug and time.monotonic() - began < SPELL:
+        while len(replies) < most and not replies[-1].ends and time.monotonic() - began < SPELL:
             replies.append(self._next())
         return replies
 

@@ -18,8 +18,9 @@ import pytest
 
 from imgtool import buckets
 from imgtool.buckets import Found, Interrupted, Offline, account, patience, stores
-from imgtool.buckets.fetch import fetch, mirror
+from imgtool.buckets.fetch import fetch
 from imgtool.buckets.manifest import read
+from imgtool.buckets.mirror import mirror
 from imgtool.buckets.send import put
 from imgtool.buckets.state import PIECE
 from imgtool.errors import ImgtoolError

@@ -6,22 +6,27 @@ import hashlib
 import os
 import pickle
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 import time
 import urllib.request
 import uuid
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import gcs
 import hub
 import pytest
 
 from imgtool import buckets, files, names
-from imgtool.buckets import Found, Interrupted, Place, patience, send
+from imgtool.buckets import Denied, Found, Interrupted, Offline, Place, etags, outlet, patience, send
 from imgtool.buckets import transit as transits
 from imgtool.buckets.transit import Transit
-from imgtool.errors import USAGE, ImgtoolError
+from imgtool.errors import USAGE, Fatal, ImgtoolError
 
 PHOTOS = {"a.jpg": b"1", "in/b.JPG": b"22", "in/c.png": b"333", "in/notes.txt": b"4", ".x/d.jpg": b"5"}
 
@@ -173,11 +178,40 @@ def test_a_name_that_looks_like_a_pattern_comes_first(shelf: type[Shelf], shop: 
         transit.close()
 
 
-def test_a_name_that_leads_out_of_the_spool_is_left_out(shelf: type[Shelf]) -> None:
-    shelf.files["s3://b/set/../../evil.jpg"] = b"x"
+def test_a_name_that_leads_elsewhere_is_a_photo_that_fails(shelf: type[Shelf]) -> None:
+    shelf.files |= {
+        "s3://b/set/../../evil.jpg": b"x",
+        "s3://b/set/in//b.JPG": b"x",
+        "s3://b/set/a//x.txt": b"",
+    }
     transit = Transit.begin(["s3://b/set"], None)
-    assert len(_items(transit)) == 3
+    items = _items(transit)
+    odd = [item for item in items if "%" in str(item.relative)]
+    assert len(items) == 5
+    assert len({item.relative for item in items}) == 5
+    assert sorted(item.url for item in odd) == ["s3://b/set/../../evil.jpg", "s3://b/set/in//b.JPG"]
+    transit.ahead(items)
+    for item in odd:
+        assert str(item.source).startswith(transit.plan.spool)
+        with pytest.raises(ImgtoolError, match="refused, for a part of its name is empty") as fault:
+            transit.bring(item)
+        assert item.url in fault.value.what
+    for item in items:
+        if item not in odd:
+            transit.bring(item)
     transit.close()
+
+
+def test_what_cannot_be_listed_fails_as_a_photo_does(
+    shelf: type[Shelf], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = shelf.list
+    monkeypatch.setattr(shelf, "list", lambda self: [*listed(self), Found("deep", fault="cannot be listed")])
+    for url in ("s3://b/set", "s3://b/set/*.jpg"):
+        transit = Transit.begin([url], None)
+        with pytest.raises(ImgtoolError, match="s3://b/set/deep: cannot be listed"):
+            transit.bring(next(item for item in _items(transit, url) if item.relative.name == "deep"))
+        transit.close()
 
 
 # --- photos ---
@@ -248,19 +282,25 @@ def test_a_photo_is_fetched_once_more_where_its_hash_is_wrong(shelf: type[Shelf]
     transit.close()
 
 
-def test_an_etag_that_is_no_md5_is_doubted_once(shelf: type[Shelf]) -> None:
-    url = "s3://b/set/in/b.JPG"
+def test_an_etag_that_is_no_md5_is_doubted_aloud(shelf: type[Shelf], monkeypatch: pytest.MonkeyPatch) -> None:
+    shelf.files = {f"s3://b/set/{n}.jpg": b"x" for n in range(6)}
     shelf.told = (("etag-md5", "0" * 32),)
-    transit = Transit.begin([url], None)
-    (item,) = _items(transit, url)
-    for asked in (2, 3):
+    listed = shelf.list
+    monkeypatch.setattr(
+        shelf, "list", lambda self: [replace(each, digests=self.told) for each in listed(self)]
+    )
+    said: list[str] = []
+    transit = Transit.begin(["s3://b/set"], None, said.append)
+    items = _items(transit)
+    for item in items:
         transit.bring(item)
-        transit.drop(item)
-        assert len(shelf.asked) == asked
+    assert len(shelf.asked) == 6 + etags.ENOUGH  # then it is plain that none there is an MD5
+    assert [text.rpartition(" ")[2] for text in said] == [item.url for item in items[: etags.ENOUGH]]
     transit.close()
+    url = "s3://b/set/0.jpg"
     transit = Transit.begin([url], None)
-    shelf.spoilt = [b"33", b"44"]
-    with pytest.raises(ImgtoolError, match="ETAG-MD5"):
+    shelf.spoilt = [b"3", b"4"]
+    with pytest.raises(ImgtoolError, match=r"0\.jpg: its ETAG-MD5"):
         transit.bring(_items(transit, url)[0])
     transit.close()
 
@@ -387,9 +427,25 @@ def test_an_output_that_cannot_be_sent_stays_here(transit: Transit, shelf: type[
     files.write(beside, b"made")
     files.write(beside.with_name(".imgtool-1"), b"of a worker that was killed")
     assert transit.close() == [beside, made]
-    Transit.begin([], None).close()
-    assert {path for path in Path(spool).rglob("*") if path.is_file()} == {beside, made, Path(spool, "lock")}
+    said: list[str] = []
+    again = Transit.begin(["s3://b/set"], "s3://b/made", said.append)
+    assert "2 files of earlier runs (0.0 MB) were never sent" in said[0]
+    assert spool in said[0]
+    own = {Path(spool, "lock"), Path(spool, "urls.json")}
+    assert {path for path in Path(spool).rglob("*") if path.is_file()} == {beside, made, *own}
     assert made.read_bytes() == b"made"
+    worker = Transit(pickle.loads(pickle.dumps(again.plan)))
+    for folder, name in (
+        (again.local("s3://b/made") + "/", "c.png"),
+        (again.plan.sources[0][0], "set/in/b-x.JPG"),
+    ):
+        assert beside.exists()
+        files.write(Path(folder, name), b"anew")
+        worker.send([Path(folder, name)])
+    assert (shelf.files["s3://b/made/c.png"], shelf.files["s3://b/set/in/b-x.JPG"]) == (b"anew", b"anew")
+    worker.close()
+    again.close()
+    assert not Path(spool).exists()
 
 
 def test_the_spool_of_a_process_that_was_killed_is_swept(transit: Transit) -> None:
@@ -419,6 +475,157 @@ def test_the_last_worker_of_another_machine_leaves_nothing(transit: Transit) -> 
     assert spool.exists()
     assert workers[1].close() == []
     assert not spool.exists()
+
+
+# --- what stalls, and what is dead ---
+
+
+def test_nobody_waits_for_a_server_that_stalls(transit: Transit, shelf: type[Shelf]) -> None:
+    shelf.gate = threading.Event()
+    transit.ahead(_items(transit))
+    _until(lambda: len(shelf.asked) == 3)
+    began = time.monotonic()
+    transit.close()
+    assert time.monotonic() - began < 1
+    assert not Path(transit.plan.spool).exists()
+    shelf.gate.set()
+    _until(lambda: all(task.done() for task in transit._tasks.values()))
+    assert not Path(transit.plan.spool).exists()
+    assert not [thread for thread in threading.enumerate() if not thread.daemon and "imgtool" in thread.name]
+
+
+def test_patience_has_an_end_when_all_is_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patience, "WAITS", (60.0, 60.0))
+    stop, asked = threading.Event(), []
+
+    def broken() -> None:
+        asked.append(1)
+        stop.set()
+        raise Interrupted("cut")
+
+    with pytest.raises(Offline, match="cut"):
+        patience.patiently(broken, stop)
+    assert asked == [1]
+
+
+def test_who_stops_waits_for_no_upload(
+    transit: Transit, shelf: type[Shelf], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Path(transit.local("s3://b/made/"), "c.png")
+    files.write(made, b"made")
+    gate = threading.Event()
+    monkeypatch.setattr(outlet, "HURRY", 0.05)
+    monkeypatch.setattr(shelf, "write", lambda self, source, path: gate.wait(10))
+
+    def stopped() -> None:
+        try:
+            raise KeyboardInterrupt
+        finally:
+            transit.send([made])
+
+    began = time.monotonic()
+    with pytest.raises(Offline, match="no answer within"):
+        stopped()
+    assert time.monotonic() - began < 5
+    gate.set()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_a_command_ends_while_a_server_stalls(
+    stop: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("obstore")
+    reached, gate = threading.Event(), threading.Event()
+
+    def stall(self: gcs._Handler, *told: object) -> None:
+        reached.set()
+        gate.wait(60)
+
+    monkeypatch.setattr(gcs._Handler, "_content", stall)
+    with gcs.serve({f"set/{n}.jpg": b"x" for n in range(3)}) as server:
+        surroundings = os.environ | {"STORAGE_EMULATOR_HOST": server.url, "IMGTOOL_CACHE": str(tmp_path)}
+        child = subprocess.Popen(
+            [sys.executable, "-m", "imgtool", "infer", "filter", "gs://bucket/set", "-o", "gs://bucket/x/"],
+            env=surroundings, cwd=tmp_path, preexec_fn=lambda: signal.signal(stop, _usual(stop)),
+        )  # fmt: skip
+        assert reached.wait(60)
+        child.send_signal(stop)
+        assert child.wait(10) == 130
+        gate.set()
+    assert not list(tmp_path.glob("spool/*"))
+
+
+def _usual(stop: int) -> Any:
+    """Return what a signal does in a command that is started by hand, not in the background."""
+    return signal.default_int_handler if stop == signal.SIGINT else signal.SIG_DFL
+
+
+def _sends(transit: Transit, shelf: type[Shelf], *faults: Exception) -> list[type]:
+    """Return what comes of sending one file after the other while these faults are met."""
+    kinds: list[type] = []
+    for n, fault in enumerate(faults):
+        made = Path(transit.local("s3://b/made/"), f"{n}.png")
+        files.write(made, b"made")
+        shelf.wrong[:] = [fault] * 3
+        try:
+            transit.send([made])
+        except ImgtoolError as found:
+            kinds.append(type(found))
+    return kinds
+
+
+def test_a_destination_that_is_down_ends_the_batch(transit: Transit, shelf: type[Shelf]) -> None:
+    (item, *_) = _items(transit)
+    down = Interrupted("busy")
+    assert _sends(transit, shelf, down, down) == [Offline, Offline]
+    shelf.wrong.clear()
+    files.write(Path(transit.local("s3://b/made/"), "x.png"), b"made")
+    transit.send([Path(transit.local("s3://b/made/"), "x.png")])
+    odd = ImgtoolError("the name is too long")
+    assert _sends(transit, shelf, down, odd, down, down, down) == [
+        Offline,
+        ImgtoolError,
+        Offline,
+        Fatal,
+        Fatal,
+    ]
+    with pytest.raises(Fatal, match="busy"):
+        transit.bring(item)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [Denied("no permission"), ImgtoolError("no such bucket: s3://b", "check the name", USAGE)],
+)
+def test_a_destination_that_refuses_ends_the_batch(
+    transit: Transit, shelf: type[Shelf], fault: ImgtoolError
+) -> None:
+    assert _sends(transit, shelf, fault) == [Fatal]
+
+
+def test_a_permission_that_others_had_is_of_one_file(transit: Transit, shelf: type[Shelf]) -> None:
+    files.write(Path(transit.local("s3://b/made/"), "x.png"), b"made")
+    transit.send([Path(transit.local("s3://b/made/"), "x.png")])
+    assert _sends(transit, shelf, Denied("no permission")) == [Denied]
+
+
+def test_a_bucket_that_is_not_there_is_told_first(
+    shelf: type[Shelf], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(self: Shelf) -> list[Found]:
+        raise faults.pop()
+
+    faults: list[Exception] = [ImgtoolError("no such bucket: s3://b", "check the name", USAGE)]
+    monkeypatch.setattr(shelf, "list", missing)
+    with pytest.raises(ImgtoolError, match="no such bucket"):
+        Transit.begin([], "s3://b/made/")
+    assert not list(files.cache_folder().glob("spool/*"))
+    faults += [Denied("no permission to list")] * 2
+    transit = Transit.begin([], "s3://b/made/")  # which one may write to
+    with pytest.raises(Fatal, match="no permission to list"):
+        transit.holds(Path(transit.local("s3://b/made/"), "c.png"))
+    transit.close()
 
 
 # --- folders that are sent ---
@@ -518,6 +725,30 @@ def test_a_sender_outlives_files_that_vanish_and_disks_that_fail(
         pass
     assert sender.unsent
     assert str(run) in fault.value.hint
+
+
+def test_who_stops_twice_waits_for_no_folder(
+    shelf: type[Shelf], run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, begun = threading.Event(), threading.Event()
+
+    def stall(self: Shelf, source: Path, path: str) -> None:
+        begun.set()
+        gate.wait(10)
+
+    def interrupt() -> None:
+        begun.wait()
+        os.kill(os.getpid(), signal.SIGUSR1)
+
+    monkeypatch.setattr(shelf, "write", stall)
+    before = signal.signal(signal.SIGUSR1, signal.default_int_handler)
+    threading.Thread(target=interrupt, daemon=True).start()
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        send.send(run, "s3://b/run", {})
+    assert time.monotonic() - began < 5
+    gate.set()
+    signal.signal(signal.SIGUSR1, before)
 
 
 def _raise(fault: Exception) -> None:

@@ -12,7 +12,7 @@ import ipaddress
 import json
 import socket
 import ssl
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,7 +20,9 @@ import hub
 import pytest
 
 from imgtool import buckets
-from imgtool.buckets import Found, Interrupted, Offline, client, manifest, patience
+from imgtool.buckets import Found, Interrupted, Offline, client, getting, manifest, patience, state
+from imgtool.buckets import fetch as fetching
+from imgtool.buckets.fetch import fetch
 from imgtool.errors import USAGE, ImgtoolError
 
 PHOTOS = {"/set/a b.jpg": b"one" * 40, "/set/inner/deep/c.png": b"two" * 50, "/set/ü.jpg": b"three"}
@@ -237,6 +239,103 @@ def test_redirects_in_a_circle_end(web: hub.Server) -> None:
         buckets.open(f"{web.url}/set/").whole(Found("ü.jpg"))
 
 
+@pytest.mark.parametrize(
+    ("where", "words"),
+    [
+        ("moved:/set/%C3%BC.jpg", "leads nowhere but on"),
+        ("moved:http://nowhere.invalid/", "no such host: nowhere.invalid"),
+        ("moved:http://[::/x", "cannot be followed"),
+        ("moved:http://host:port/x", "cannot be followed"),
+        ("moved:http://a..b/x", "no such host: a..b"),
+        ("busy", "too busy"),
+    ],
+)
+def test_a_link_that_fails_is_a_fault_of_one_file(
+    web: hub.Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, words: str
+) -> None:
+    monkeypatch.setattr(getting, "WAITS", (0.0,))
+    monkeypatch.setattr(socket, "getaddrinfo", _known(socket.getaddrinfo))
+    web.wrong["/set/ü.jpg"] = [where] * 99
+    record = fetch(f"{web.url}/set/", tmp_path)
+    (fault,) = record["faults"]  # type: ignore[misc, attr-defined]
+    assert fault.startswith("ü.jpg: ")
+    assert words in fault
+    assert record["fetched"] == len(PHOTOS) - 1
+
+
+def _known(ask: Callable[..., object]) -> Callable[..., object]:
+    """Return what knows no host but this one, and needs no network."""
+
+    def asked(host: str, *rest: object, **named: object) -> object:
+        if host.endswith(".invalid"):
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return ask(host, *rest, **named)
+
+    return asked
+
+
+def test_a_folder_below_that_shows_no_list_is_a_fault_and_the_rest_is_fetched(
+    web: hub.Server, tmp_path: Path
+) -> None:
+    web.files["/set/closed/x.jpg"] = b"x"
+    web.wrong["/set/closed/"] = ["403"]
+    record = fetch(f"{web.url}/set/", tmp_path)
+    assert record["faults"] == [
+        f"closed/: {web.url}/set/closed/: the server shows no list of this folder (403)"
+    ]
+    assert record["fetched"] == len(PHOTOS)
+
+
+def test_a_site_that_is_gone_or_answers_for_few_links_is_offline(
+    web: hub.Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    web.files |= {f"/set/{number}.jpg": b"x" for number in range(5)}
+    web.wrong |= {f"/set/{number}.jpg": ["busy"] * 9 for number in range(5)}
+    assert len(buckets.open(f"{web.url}/set/").list()) == len(PHOTOS) + 5
+    web.wrong |= {f"/set/{number}.jpg": ["busy"] * 9 for number in range(5)}
+    monkeypatch.setattr("imgtool.buckets.web.SILENT", 4)
+    with pytest.raises(Offline, match="too busy"):
+        buckets.open(f"{web.url}/set/").list()
+    place = buckets.open(f"{web.url}/set/")
+    ask, down = place.client.ask, Interrupted("refused the connection")
+
+    def asked(method: str, url: str, headers: dict[str, str]) -> object:
+        if method == "HEAD":
+            raise down
+        return ask(method, url, headers)
+
+    monkeypatch.setattr(place.client, "ask", asked)
+    with pytest.raises(Offline, match="refused"):
+        place.list()
+
+
+class Untold(hub.Web):
+    """Tells nothing of a content, which is another one each time that it is asked for."""
+
+    def send_header(self, name: str, value: str) -> None:
+        if name != "ETag":
+            super().send_header(name, value)
+
+    def _file(self, content: bytes) -> None:
+        if self.command == "GET":
+            content = bytes([len(self.server.asked)]) * len(content)
+        super()._file(content)
+
+
+def test_pieces_of_a_file_of_which_nothing_tells_them_apart_come_in_one_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(state, "PIECE", 10)
+    monkeypatch.setattr(fetching, "LARGE", 20)
+    server = hub.Server(Untold)
+    server.files = {"/x.bin": bytes(95)}
+    with hub.serving(server):
+        assert fetch(f"{server.url}/x.bin", tmp_path)["faults"] == []
+    data = (tmp_path / "x.bin").read_bytes()
+    assert (len(data), len(set(data))) == (95, 1)
+    assert [method for method, _, _ in server.asked] == ["HEAD", "GET"]
+
+
 def test_connections_are_kept_and_a_stale_one_is_replaced(web: hub.Server) -> None:
     place = buckets.open(f"{web.url}/set/")
     found = Found("ü.jpg")
@@ -391,6 +490,14 @@ def test_a_data_set_is_listed_with_hashes_and_read_at_one_commit(photos: hub.Ser
     assert [each.path for each in buckets.open("hf://datasets/ann/photos").list()] == [
         "README.md", "inner/a b.jpg", "inner/b.jpg",
     ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_name_on_the_hub_that_leads_outside_is_a_fault(photos: hub.Server, tmp_path: Path) -> None:
+    photos.files["/inner/../../out.jpg"] = b"out"
+    record = fetch("hf://datasets/ann/photos", tmp_path / "in")
+    assert record["faults"] == ["inner/../../out.jpg: refused, for it would lie outside the folder"]
+    assert record["fetched"] == 3
 
 
 @pytest.mark.slow
