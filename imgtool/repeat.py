@@ -32,7 +32,10 @@ if TYPE_CHECKING:
 RUNS = "runs.json"
 PICTURE = "runs.png"
 CONFIDENCE = 0.95
-FREE = {"runs", "parallel", "threads", "workers", "device", "out", "resume"}
+FREE = {
+    *("runs", "parallel", "threads", "workers", "device", "out", "resume"),
+    *("track", "track_to", "experiment", "register_as"),
+}
 """Settings that may change while repeated runs go on: the others make the runs what they are."""
 
 Found = Mapping[str, Any]

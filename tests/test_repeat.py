@@ -163,7 +163,7 @@ def test_repeated_runs_are_interrupted_and_go_on(tmp_path: Path) -> None:
 
 def test_more_runs_may_follow_but_no_others(tmp_path: Path) -> None:
     go(TOY, toy(tmp_path, runs=2))
-    go(TOY, toy(tmp_path, resume=tmp_path, runs=3))
+    go(TOY, toy(tmp_path, resume=tmp_path, runs=3, track="none"))
     assert len(record(tmp_path)["runs"]) == 3
     for changed in ({"steps": 9}, {"seed": 3}, {"lr": 0.5}):
         with pytest.raises(ImgtoolError, match=f"go on as they began, with --{next(iter(changed))}"):

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,11 @@ import torch
 from safetensors.torch import load_file
 from toy import TOY, rows, toy
 
-from imgtool import cli, engines, files, plots, sheets, train
+from imgtool import cli, engines, files, plots, sheets, track, train
 from imgtool.console import Console
 from imgtool.engine import Engine
-from imgtool.errors import DONE, USAGE, ImgtoolError
-from imgtool.search import board, gauge, samplers, space, task
+from imgtool.errors import DONE, FAILED, USAGE, ImgtoolError
+from imgtool.search import board, campaign, gauge, samplers, space, task
 from imgtool.search.board import Board
 from imgtool.search.cost import Cost, Limits, cpu_times
 from imgtool.search.space import Choice, Span
@@ -34,6 +35,8 @@ from imgtool.train import searching
 
 FILTER = engines.settings("filter").Train
 needs_optuna = pytest.mark.skipif(find_spec("optuna") is None, reason="needs imgtool[search]")
+needs_ax = pytest.mark.skipif(find_spec("ax") is None, reason="needs imgtool[search-ax]")
+needs_posix = pytest.mark.skipif(os.name != "posix", reason="limits how large files may be")
 
 
 @pytest.fixture(autouse=True)
@@ -313,6 +316,28 @@ def test_a_file_system_without_links_will_do(tmp_path: Path, monkeypatch: pytest
     assert (one.admit(4, 1), two.admit(7, 1), two.admitted(4)) == (True, False, True)
 
 
+@contextmanager
+def full_disk(room: int = 0) -> Iterator[None]:
+    """No file gets larger than so many bytes."""
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@needs_posix
+def test_a_full_disk_leaves_no_place_taken(tmp_path: Path) -> None:
+    one = Board(tmp_path)
+    with full_disk(), pytest.raises(ImgtoolError, match=r"cannot write .*training-000: file too large"):
+        one.admit(4, 1)
+    assert one.started() == 0
+    assert one.admit(7, 1)
+
+
 def test_no_more_are_admitted_than_were_asked_for(tmp_path: Path) -> None:
     one, two = Board(tmp_path), Board(tmp_path)
     assert [one.admit(4, 2), two.admit(7, 2), one.admit(9, 2)] == [True, True, False]
@@ -350,6 +375,138 @@ def told(capsys: pytest.CaptureFixture[str]) -> Mapping[str, Any]:
 
 def searched(engine: Engine, settings: Train) -> int:
     return train.run(engine, settings, Console(json=True, quiet=True))
+
+
+class Listed:
+    """Proposes what it is given, in its order."""
+
+    def __init__(self, *points: tuple[float, float], first: int = 0) -> None:
+        self._left = iter([(at, {"drop": drop, "lr": lr}) for at, (drop, lr) in enumerate(points, first)])
+        self.told: list[tuple[int, str]] = []
+
+    def ask(self) -> tuple[int, space.Point] | None:
+        return next(self._left, None)
+
+    def tell(self, row: dict[str, Any]) -> None:
+        self.told.append((row["trial"], row["status"]))
+
+
+@pytest.fixture
+def propose(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Let a search be proposed points from a list, and return who proposes them."""
+    monkeypatch.setattr(samplers, "check", lambda name, parallel: None)
+
+    def proposing(*points: tuple[float, float], first: int = 0) -> Listed:
+        sampler = Listed(*points, first=first)
+        monkeypatch.setattr(searching, "_sampler", lambda *_: sampler)
+        return sampler
+
+    return proposing
+
+
+GOOD, WORSE, BAD = (0.1, 0.01), (0.2, 0.02), (0.1, 0.1)
+"""Points of the toys: dropout, which costs, and a learning rate; ``failing`` fails with that of the last."""
+
+
+def failing(fault: ImgtoolError) -> Engine:
+    def loss(net: Any, batch: Any, settings: Train) -> Any:
+        if settings.lr > 0.05:
+            raise fault
+        return TOY.loss(net, batch, settings)
+
+    return dataclasses.replace(toys(), loss=loss)
+
+
+DIVERGED = ImgtoolError("not finite", "go on from the last good weights with a lower --lr")
+
+
+def test_failures_in_a_row_end_a_go_and_not_the_search(
+    tmp_path: Path, propose: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = failing(DIVERGED)
+    propose(BAD, GOOD, BAD, BAD, BAD, WORSE)
+    assert train.run(engine, toy(tmp_path, search=6), Console(json=True)) == DONE
+    said = capsys.readouterr()
+    record = json.loads(said.out.splitlines()[-1])
+    assert (record["trained"], record["failed"], record["best"]["trial"]) == (1, 4, 1)
+    assert (
+        f"stopped after 5 candidates: too many fail; try other candidates by --resume {tmp_path}" in said.err
+    )
+    sampler = propose(WORSE, first=5)
+    assert searched(engine, toy(tmp_path, resume=tmp_path)) == DONE
+    assert sampler.told[-1] == (5, "trained")
+    assert told(capsys)["trained"] == 2
+
+
+def test_where_none_was_trained_failures_in_a_row_are_an_error(tmp_path: Path, propose: Any) -> None:
+    engine = failing(DIVERGED)
+    propose(BAD, BAD, BAD, GOOD)
+    with pytest.raises(ImgtoolError, match="3 trainings failed in a row, the last one: not finite") as caught:
+        searched(engine, toy(tmp_path, search=4))
+    assert caught.value.code == FAILED
+    assert caught.value.hint == (
+        f"begin anew with a narrower --space, or try other candidates by --resume {tmp_path}"
+    )
+    propose(GOOD, first=3)
+    assert searched(engine, toy(tmp_path, resume=tmp_path)) == DONE
+    assert [row["status"] for row in found(tmp_path)] == ["failed"] * 3 + ["trained"]
+
+
+def test_what_was_asked_wrongly_is_tried_once_more(tmp_path: Path, propose: Any) -> None:
+    """Photos may have been put where they belong; or it is this candidate that asks for what there is not."""
+    fault = ImgtoolError("crops too small", "", USAGE)
+    propose(BAD, GOOD)
+    with pytest.raises(ImgtoolError) as caught:
+        searched(failing(fault), toy(tmp_path, search=2))
+    assert caught.value is fault
+    propose(GOOD, first=1)
+    assert searched(failing(fault), toy(tmp_path, resume=tmp_path)) == DONE
+    assert [(row["status"], row["why"]) for row in found(tmp_path)] == [
+        ("failed", "crops too small"), ("trained", ""),
+    ]  # fmt: skip
+
+
+def test_a_tracker_that_does_not_answer_spends_no_candidate(
+    tmp_path: Path, propose: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def begin(*_: object) -> None:
+        raise track.Unreachable("no server answers", "start one")
+
+    propose(GOOD, WORSE)
+    with monkeypatch.context() as away:
+        away.setattr(track, "begin", begin)
+        with pytest.raises(track.Unreachable):
+            searched(toys(), toy(tmp_path, search=2))
+    assert [row["status"] for row in found(tmp_path)] == ["training"]
+    propose(WORSE, first=1)
+    assert searched(toys(), toy(tmp_path, resume=tmp_path)) == DONE
+    record = told(capsys)
+    assert (record["trained"], record["failed"]) == (2, 0)
+
+
+@pytest.mark.parametrize(("limit", "trained"), [(60, 0), (20, 3)], ids=["it is within", "others are"])
+def test_a_search_that_found_nothing_goes_on_with_higher_limits(
+    tmp_path: Path, propose: Any, monkeypatch: pytest.MonkeyPatch, limit: int, trained: int
+) -> None:
+    monkeypatch.setattr(campaign, "PROPOSALS", 3)
+    propose(*[(0.5, 0.01)] * 9)
+    with pytest.raises(ImgtoolError, match=r"none of 3 .* the least that they cost is 50 ms, 50 MB, 7 para"):
+        searched(toys(), toy(tmp_path, search=1, max_ms=10))
+    sampler = propose((0.15, 0.01), first=3)
+    assert searched(toys(), toy(tmp_path, resume=tmp_path, max_ms=limit)) == DONE
+    assert [row["trial"] for row in found(tmp_path) if row["status"] == "trained"] == [trained]
+    assert ((0, "rejected") in sampler.told) == (trained == 3)
+
+
+def test_a_space_that_is_used_up_ends_a_search(
+    tmp_path: Path, propose: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    propose(GOOD, WORSE)
+    for given in (toy(tmp_path, search=4), toy(tmp_path, resume=tmp_path)):
+        assert train.run(toys(), given, Console(json=True)) == DONE
+        said = capsys.readouterr()
+        assert json.loads(said.out.splitlines()[-1])["trained"] == 2
+        assert "stopped after 2 candidates: too few are within the limits, or new" in said.err
 
 
 @needs_optuna
@@ -492,16 +649,16 @@ def ended(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def test_other_limits_are_said_to_save_nothing_that_was_rejected(
+def test_other_limits_are_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(samplers, "check", lambda name, parallel: None)
     monkeypatch.setattr(searching.Search, "go", ended)
     for given in (toy(tmp_path, search=2, max_ms=2), toy(tmp_path, resume=tmp_path, max_ms=3)):
-        assert "stays rejected" not in capsys.readouterr().err
+        assert "limits" not in capsys.readouterr().err
         with pytest.raises(KeyboardInterrupt):
             train.run(toys(), given, Console(json=True))
-    assert "limits: 3 ms, before: 2 ms; what was rejected stays rejected" in capsys.readouterr().err
+    assert "limits: 3 ms, before: 2 ms" in capsys.readouterr().err
 
 
 def test_ax_is_for_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -521,44 +678,134 @@ def test_what_would_be_searched_is_shown(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(find_spec("ax") is None, reason="needs imgtool[search-ax]")
-def test_ax_searches_choices_and_numbers(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+@needs_ax
+def test_ax_searches_choices_and_numbers(capfd: pytest.CaptureFixture[str]) -> None:
     asked = samplers.Question(
-        {"a": Span(1, 8, whole=True), "b": Choice(("x", "y")), "c": Span(1e-3, 1, log=True)},
+        {"a": Span(1, 8, whole=True), "b": Choice(("x", "y")), "c": Span(1e-3, 1, log=True)}
+        | {"d": Choice((0, 0.5, 0.9)), "e": Choice((True, False))},
         (), Limits(ms=5), "psnr", True, 0,
     )  # fmt: skip
     ax = samplers.Ax(asked, known=3)
     for number in range(3, 9):
-        trial, point = ax.ask()
+        trial, point = ax.ask() or (0, {})
         assert trial == number
         assert point["b"] in ("x", "y")
-        state = "trained" if point["a"] < 5 else "rejected"
+        assert (type(point["d"]), type(point["e"])) == (float, bool)
+        state = "trained" if float(point["a"]) < 5 else "rejected"
         ax.tell(
-            {"trial": trial, "point": point, "status": state, "score": 20 + point["a"], "cpu_ms": point["a"]}
-            | {"measured": True}
+            {"trial": trial, "point": point, "status": state, "score": 20.0 + number}
+            | {"cpu_ms": point["a"], "measured": True}
         )
     assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(find_spec("ax") is None, reason="needs imgtool[search-ax]")
-def test_ax_learns_from_what_was_too_slow() -> None:
-    """What is within costs 1 ms everywhere: that more costs more, only the rejected tell."""
-    asked = samplers.Question({"a": Span(0, 10), "b": Span(0, 1)}, (), Limits(ms=5), "psnr", True, 0)
+@needs_ax
+def test_ax_learns_from_what_was_over_a_limit() -> None:
+    """What is within costs the same everywhere: that more costs more, only the rejected tell."""
+    asked = samplers.Question({"a": Span(0, 10), "b": Span(0, 1)}, (), Limits(5, 50, 500), "psnr", True, 0)
     ax = samplers.Ax(asked)
     trained = 0
     while trained <= samplers.RANDOM:
-        trial, point = ax.ask()
+        trial, point = ax.ask() or (0, {})
         cost = 1.0 if float(point["a"]) < 5 else 20.0
         state = "trained" if cost < 5 else "rejected"
         trained += state == "trained"
         ax.tell(
             {"trial": trial, "point": point, "status": state, "score": 20 + float(point["a"])}
-            | {"cpu_ms": cost, "measured": True}
+            | {"cpu_ms": cost, "mb": 10 * cost, "parameters": round(100 * cost), "measured": True}
         )
     ax.ask()
     cheap, dear = ax._client.predict([{"a": 2.0, "b": 0.5}, {"a": 9.0, "b": 0.5}])
-    assert dear["cpu_ms"][0] > cheap["cpu_ms"][0] + 5
+    for name, limit in asked.limits.given().items():
+        assert dear[name][0] > cheap[name][0] + limit
+
+
+@pytest.mark.slow
+@needs_ax
+def test_ax_proposes_nothing_when_the_space_is_used_up() -> None:
+    asked = samplers.Question({"a": Choice(("x", "y"))}, (), Limits(), "psnr", True, 0)
+    ax, every = samplers.Ax(asked), []
+    while (found := ax.ask()) is not None:
+        row = {"trial": found[0], "point": found[1], "status": "trained", "score": 20.0, "cpu_ms": 1.0}
+        every.append(row)
+        ax.tell(row)
+    assert sorted(row["point"]["a"] for row in every) == ["x", "y"]
+    again = samplers.Ax(asked, known=2)
+    for row in every:
+        again.tell(row)
+    assert again.ask() is None
+    again._client.get_next_trials = dict
+    with pytest.raises(ImgtoolError, match="Ax proposes no candidate") as caught:
+        again.ask()
+    assert "--sampler optuna" in caught.value.hint
+
+
+def proposed(sampler: samplers.Optuna, count: int = 1) -> list[dict[str, Any]]:
+    asked = [sampler.ask() for _ in range(count)]
+    return [{"trial": trial, "point": dict(point), "status": "training"} for trial, point in asked]
+
+
+ASKED = samplers.Question({"a": Span(0, 10)}, (), Limits(5), "psnr", True, 0)
+REJECTED = {"status": "rejected", "cpu_ms": 7.0, "mb": 1.0, "measured": True, "parameters": 0}
+
+
+@needs_optuna
+@needs_posix
+def test_a_journal_survives_a_full_disk(tmp_path: Path) -> None:
+    path = tmp_path / samplers.JOURNAL
+    one, two = samplers.Optuna(ASKED, tmp_path), samplers.Optuna(ASKED, tmp_path, 1)
+    proposed(one)
+    with full_disk(path.stat().st_size + 20), pytest.raises(ImgtoolError, match="cannot write") as caught:
+        one.ask()
+    assert f"--resume {tmp_path}" in caught.value.hint
+    assert not path.read_bytes().endswith(b"\n")
+    (row,) = proposed(two)
+    assert samplers.put_aside(tmp_path) is None
+    two.tell(row | REJECTED)
+    assert [each.state.name for each in samplers.Optuna(ASKED, tmp_path)._study.trials] == [
+        "RUNNING",
+        "PRUNED",
+    ]
+
+
+@needs_optuna
+def test_a_damaged_journal_is_put_aside(tmp_path: Path) -> None:
+    assert samplers.put_aside(tmp_path) is None
+    path = tmp_path / samplers.JOURNAL
+    (row,) = proposed(samplers.Optuna(ASKED, tmp_path))
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:-1], lines[-1][:9], *lines[-1:]]))
+    aside = samplers.put_aside(tmp_path)
+    assert aside is not None
+    assert (aside.name, aside.exists(), path.exists()) == ("search.journal.damaged", True, False)
+    again = samplers.Optuna(ASKED, tmp_path)
+    again.tell(row | REJECTED)
+    assert [each.params for each in again._study.trials] == [row["point"]]
+
+
+def test_a_damaged_journal_is_told_of(
+    tmp_path: Path, propose: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(campaign, "put_aside", lambda folder: folder / "aside")
+    propose(GOOD)
+    assert train.run(toys(), toy(tmp_path, search=1), Console(json=True)) == DONE
+    assert (
+        f"journal was damaged, and is written anew; it is now {tmp_path / 'aside'}" in capsys.readouterr().err
+    )
+
+
+@needs_optuna
+def test_what_was_rejected_before_it_was_trained_is_told_once_more(tmp_path: Path) -> None:
+    first = samplers.Optuna(ASKED, tmp_path)
+    (row,) = proposed(first)
+    first.tell(row | REJECTED)
+    again = samplers.Optuna(ASKED, tmp_path)
+    for _ in range(2):
+        again.tell(row | REJECTED | {"status": "trained", "score": 24.0})
+    assert [(each.state.name, each.value) for each in again._study.trials] == [
+        ("PRUNED", None), ("COMPLETE", 24),
+    ]  # fmt: skip
 
 
 @needs_optuna
@@ -611,18 +858,25 @@ def command(photographs: Path, folder: Path, *more: str) -> list[str]:
     return [*words, "-o", str(folder), *more]
 
 
+def in_two_processes(
+    photographs: Path, folder: Path, search: int, capsys: pytest.CaptureFixture[str]
+) -> tuple[Mapping[str, Any], str]:
+    """Search, and return the record and what was said."""
+    assert cli.run(command(photographs, folder, "--search", str(search), "--parallel", "2")) == DONE
+    said = capsys.readouterr()
+    return json.loads(said.out.splitlines()[-1]), said.err
+
+
 @needs_optuna
 @pytest.mark.slow
 def test_two_processes_search_on_one_journal(
     photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "search"
-    assert cli.run(command(photographs, folder, "--search", "4", "--parallel", "2")) == DONE
-    said = capsys.readouterr()
-    record = json.loads(said.out.splitlines()[-1])
+    record, said = in_two_processes(photographs, folder, 4, capsys)
     assert (record["trained"], record["failed"]) == (4, 0)
-    assert "worker-0: trial-" in said.err
-    assert "worker-1: trial-" in said.err
+    assert "worker-0: trial-" in said
+    assert "worker-1: trial-" in said
     every = found(folder)
     assert sorted(row["trial"] for row in every) == [row["trial"] for row in every]
     assert len({json.dumps(row["point"]) for row in every}) == len(every)
@@ -640,12 +894,10 @@ def test_two_processes_search_on_one_journal(
 def test_a_process_too_many_is_no_fault(
     photographs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = tmp_path / "search"
-    assert cli.run(command(photographs, folder, "--search", "1", "--parallel", "2")) == DONE
-    said = capsys.readouterr()
-    assert json.loads(said.out.splitlines()[-1])["trained"] == 1
-    assert "error" not in said.err
-    assert "failed" not in said.err
+    record, said = in_two_processes(photographs, tmp_path / "search", 1, capsys)
+    assert record["trained"] == 1
+    assert "error" not in said
+    assert "failed" not in said
 
 
 @needs_optuna

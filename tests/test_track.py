@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 import urllib.request
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -26,10 +27,11 @@ import torch
 from test_walls import imports, within
 from toy import TOY, Numbers, go, rows, toy
 
-from imgtool import checkpoint, track
+from imgtool import checkpoint, track, train
 from imgtool.engine import Engine
 from imgtool.errors import USAGE, ImgtoolError
 from imgtool.port import Axis, Port, Slot
+from imgtool.settings import to_toml
 from imgtool.track import address, facts, mlflow, recorder, tensorboard, wandb
 from imgtool.track.sink import About, Row
 from imgtool.train.crew import CAMPAIGN
@@ -218,6 +220,31 @@ def test_requests_end_soon_unless_the_user_wants_otherwise(
     assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "77"
 
 
+def test_processes_open_a_file_one_after_the_other_and_without_warnings(
+    clients: list[Client], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    inside: list[int] = []
+
+    def begin(self: Client, place: str) -> None:
+        inside.append(+1)
+        warnings.warn("Unnamed CHECK constraint", UserWarning, stacklevel=1)
+        time.sleep(0.05)
+        inside.append(-1)
+        self.place, self.ended = place, ""
+
+    monkeypatch.setattr(Client, "__init__", begin)
+    settings = toy(tmp_path, track="mlflow", track_to=f"sqlite:///{tmp_path}/new/store.db?timeout=9")
+    told = dataclasses.replace(about(tmp_path / "run"), settings=settings)
+    both = [threading.Thread(target=mlflow.open_sink, args=(told,)) for _ in range(2)]
+    for each in both:
+        each.start()
+    for each in both:
+        each.join(60)
+    assert inside == [1, -1, 1, -1]
+    assert not recwarn.list
+    assert [path.name for path in (tmp_path / "new").iterdir()] == [".store.db-lock"]
+
+
 class Service:
     """As much of Weights & Biases as numbers and pictures take: it may refuse a row."""
 
@@ -327,6 +354,98 @@ def test_the_commit_is_told_and_whether_files_differ(tmp_path: Path, monkeypatch
 def test_the_size_of_a_picture_is_read_off_its_header() -> None:
     head = b"\x89PNG\r\n\x1a\n" + struct.pack(">I4sII", 13, b"IHDR", 300, 20)
     assert tensorboard.size(head) == (300, 20)
+
+
+@needs["tensorboard"]
+def test_runs_of_one_name_have_folders_of_their_own(tmp_path: Path) -> None:
+    settings = toy(tmp_path, track="tensorboard", track_to="all")
+
+    def opened(before: Mapping[str, Any]) -> tensorboard.TensorBoard:
+        told = dataclasses.replace(about(tmp_path / "run", before), settings=settings, name="many/run-00")
+        return tensorboard.open_sink(told)
+
+    sinks = [opened({}) for _ in range(3)]
+    folder = tmp_path / "all" / "toy" / "many"
+    assert [each.memory["run"] for each in sinks] == [
+        str(folder / name) for name in ("run-00", "run-00-2", "run-00-3")
+    ]
+    assert opened(sinks[1].memory).memory == sinks[1].memory
+    elsewhere = {"run": "/moved/all/toy/many/run-00-2"}
+    assert opened(elsewhere).memory == sinks[1].memory
+    files = {path.name: list(path.iterdir()) for path in folder.iterdir()}
+    assert {name: len(each) for name, each in files.items()} == {"run-00": 1, "run-00-2": 3, "run-00-3": 1}
+    assert b"many/run-00-2" in files["run-00-2"][0].read_bytes()  # the trial among hyperparameters
+
+
+# --- resuming -----------------------------------------------------------------------------------------
+
+
+SERVER = {"track": "mlflow", "track_to": "http://127.0.0.1:9", "experiment": "mine", "register_as": "net"}
+
+
+def begun(folder: Path, **given: Any) -> Path:
+    """Make as much of a run's folder as says how it goes on."""
+    record = toy(folder, **given).changed(out=None)
+    folder.mkdir(exist_ok=True)
+    (folder / "settings.toml").write_text(to_toml(record, "train", "deblur"))
+    return folder
+
+
+def test_a_run_whose_tracker_is_gone_goes_on_without_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(told: About) -> Any:
+        raise track.Unreachable("MLflow cannot record", track.WITHOUT)
+
+    monkeypatch.setattr(track, "NEEDS", {"mlflow": ()})
+    monkeypatch.setattr(recorder, "about", lambda engine, settings, folder: about(folder))
+    monkeypatch.setattr(mlflow, "open_sink", lambda about: Memo())
+    run = tmp_path / "one"
+    assert go(TOY, toy(run, steps=1, **SERVER)) == 0
+    monkeypatch.setattr(mlflow, "open_sink", gone)
+    with pytest.raises(track.Unreachable) as fault:
+        go(TOY, toy(run, resume=run, steps=2))
+    assert "--track none" in fault.value.hint
+    assert go(TOY, toy(run, resume=run, steps=2, track="none")) == 0
+    assert go(TOY, toy(run, resume=run, steps=3)) == 0  # as it was last time
+    assert rows(run)[-1]["step"] == 3
+
+
+@pytest.mark.parametrize(
+    ("given", "left"),
+    [
+        ({}, ("http://127.0.0.1:9", "mine", "net")),
+        ({"track": "mlflow"}, ("http://127.0.0.1:9", "mine", "net")),
+        ({"track": "wandb"}, ("", "mine", "net")),
+        ({"track": "wandb", "track_to": "there"}, ("there", "mine", "net")),
+        ({"track": "tensorboard"}, ("", "mine", "")),
+        ({"track": "none"}, ("", "mine", "net")),
+    ],
+)
+def test_another_tracker_is_told_what_it_can_take(
+    given: dict[str, str], left: tuple[str, str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(track, "NEEDS", dict.fromkeys(track.NEEDS, ()))
+    run = begun(tmp_path / "one", **SERVER)
+    found = train.resumed(TOY, toy(run, resume=run, **given))
+    assert (found.track_to, found.experiment, found.register_as) == left
+    track.check(found)
+
+
+def test_a_record_may_name_no_tracker(tmp_path: Path) -> None:
+    run = begun(tmp_path / "one")
+    assert 'track = ""' in (run / "settings.toml").read_text()
+    assert train.resumed(TOY, toy(run, resume=run)).track == ""
+
+
+@pytest.mark.parametrize("given", [{"max_ms": 1.0}, {"sampler": "ax"}, {"parallel": 3}, {"space": "sp.toml"}])
+def test_a_single_run_goes_on_without_flags_of_a_search(given: dict[str, Any], tmp_path: Path) -> None:
+    run = begun(tmp_path / "one")
+    name = next(iter(given)).replace("_", "-")
+    for ask in (go, train.plan):
+        with pytest.raises(ImgtoolError, match=f"--{name} is for a search, and there is none") as fault:
+            ask(TOY, toy(run, resume=run, **given))
+        assert (fault.value.code, fault.value.hint) == (USAGE, f"leave out --{name}, or begin anew")
 
 
 # --- sending ------------------------------------------------------------------------------------------
@@ -691,7 +810,9 @@ def test_mlflow_keeps_a_run_in_a_file_without_a_server(
     assert "registered toy-net version 1" in err
     assert "INFO" not in err
     assert "warning" not in err.lower()
-    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"one", "mlflow.db", "mlartifacts"}
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {
+        "one", "mlflow.db", ".mlflow.db-lock", "mlartifacts",
+    }  # fmt: skip
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
     store = f"sqlite:///{tmp_path}/runs/mlflow.db"
     found = client(store)
@@ -731,6 +852,23 @@ def test_repeated_runs_are_runs_of_one_group(tmp_path: Path) -> None:
     assert {each.data.tags["group"] for each in runs} == {"many"}
     assert sorted(each.info.run_name for each in runs) == ["many/run-00", "many/run-01"]
     assert sorted(each.data.params["seed"] for each in runs) == ["0", "1"]
+
+
+@pytest.mark.slow
+@needs["mlflow"]
+def test_runs_side_by_side_begin_one_file(tmp_path: Path, photographs: Path) -> None:
+    words = [
+        sys.executable, "-m", "imgtool", "train", "filter", "--photos", str(photographs), "-o", "many",
+        "--steps", "4", "--epoch-steps", "2", "--batch", "2", "--crop", "32", "--held-out", "2",
+        "--workers", "0", "--device", "cpu", "--threads", "2", "--track", "mlflow",
+        "--runs", "2", "--parallel", "2",
+    ]  # fmt: skip
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "warning" not in done.stderr.lower()
+    found = client(f"sqlite:///{tmp_path}/runs/mlflow.db")
+    runs = found.search_runs([found.get_experiment_by_name("imgtool-filter").experiment_id])
+    assert sorted(each.info.run_name for each in runs) == ["many/run-00", "many/run-01"]
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from imgtool import files
+from imgtool.errors import ImgtoolError
 
 Row = dict[str, Any]
 
@@ -181,10 +182,14 @@ def _create(path: Path, text: str) -> bool:
 def _create_here(path: Path, text: str) -> bool:
     """Do the same on a file system without links, where a killed process may leave the file empty."""
     try:
-        with path.open("x", encoding="ascii") as file:
-            file.write(text)
+        path.open("x").close()
     except FileExistsError:
         return False
+    try:
+        files.write(path, text.encode())
+    except ImgtoolError:  # the disk is full: nobody else shall find it taken
+        path.unlink()
+        raise
     return True
 
 

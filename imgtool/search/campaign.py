@@ -3,7 +3,7 @@
 What a candidate costs is measured before it is trained, so a limit is a limit, and not a wish that a good
 score may outweigh. All that is known stands in the folder: a search is gone on with by whoever opens it.
 
-A candidate that was rejected stays so, even where a search goes on with higher limits.
+Where a search goes on with higher limits, what costs no more than they allow is rejected no longer.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from imgtool import files
+from imgtool import files, track
 from imgtool.errors import USAGE, ImgtoolError
 from imgtool.search import gauge
 from imgtool.search.board import ENDED, Board
 from imgtool.search.cost import Cost, Limits, Unmeasured
-from imgtool.search.samplers import Question, Row, Sampler, cost
+from imgtool.search.samplers import Question, Row, Sampler, cost, put_aside
 from imgtool.search.space import Point, taken
 from imgtool.search.task import Structure, Task, key
 from imgtool.settings import Train, make, to_toml
@@ -85,7 +85,7 @@ class Search:
         """Open the folder that the processes of a search share."""
         self.board = Board(self.crew.folder)
         self.limits = limits(self.settings)
-        self._unmeasured = 0
+        self._unmeasured = self._failures = 0
 
     def go(self, open_sampler: Callable[[], Sampler]) -> dict[str, Any]:
         """Propose, measure and train until as many were trained as the settings say, or none is found.
@@ -100,15 +100,18 @@ class Search:
             As ``record``.
 
         Raises:
-            ImgtoolError: Nothing within the limits; no training succeeds; nothing can be measured.
+            ImgtoolError: Nothing within the limits; no training succeeds; nothing can be measured; the disk
+                is full; no tracker can be reached.
         """
         with self.board:
+            if aside := put_aside(self.crew.folder):
+                self.crew.say(f"the sampler's journal was damaged, and is written anew; it is now {aside}")
             sampler = open_sampler()
             for row in self.board.rows():
-                if row["status"] in ENDED:
+                if not self._is_open(row):
                     sampler.tell(row)
             for row in self._trials(sampler):
-                if row["status"] in ("measuring", "waiting"):
+                if row["status"] != "training":
                     self._measure(row)
                 if row["status"] == "training":
                     self._train(row)
@@ -119,16 +122,16 @@ class Search:
 
     def _trials(self, sampler: Sampler) -> Iterator[Row]:
         """Yield what is left to do, claimed for this process: what dead ones left, then new proposals."""
-        while True:
+        while self._failures < FAILURES:
             full = self.board.started() >= self.settings.search
             rows = self.board.rows()
             left = self._left(rows, full)
             if left is not None:
                 yield left
-            elif full or len(rows) >= PROPOSALS * self.settings.search:
+            elif full or self._enough(rows) or (asked := sampler.ask()) is None:
                 return
             else:
-                number, point = sampler.ask()
+                number, point = asked
                 if all(row["trial"] != number for row in rows) and self.board.claim(f"trial-{number:03}"):
                     yield self._proposed(number, point)
                 else:
@@ -139,15 +142,28 @@ class Search:
         for row in self._open(rows, full):
             if self.board.claim(_name(row)):
                 now = next(each for each in self.board.rows() if each["trial"] == row["trial"])
-                if now["status"] not in ENDED:
+                if self._is_open(now):
                     return now
                 self.board.release(_name(row))
         return None
 
     def _open(self, rows: Sequence[Row], full: bool) -> list[Row]:
         """Return the trials for which something is left to do, by this process or another."""
-        left = [row for row in rows if row["status"] not in ENDED]
+        left = [row for row in rows if self._is_open(row)]
         return [row for row in left if self.board.admitted(row["trial"])] if full else left
+
+    def _is_open(self, row: Row) -> bool:
+        """Tell whether a trial has not ended, or was rejected by limits that were lower."""
+        if row["status"] != "rejected":
+            return row["status"] not in ENDED
+        found = cost(row)
+        return found is not None and not self.limits.missed(found)
+
+    def _enough(self, rows: Sequence[Row]) -> bool:
+        """Tell whether no more is to be proposed; what other limits rejected does not count."""
+        rejected = [(row["why"], cost(row)) for row in rows if row["status"] == "rejected"]
+        others = [why for why, found in rejected if found and why != self.limits.missed(found)]
+        return bool(len(rows) - len(others) >= PROPOSALS * self.settings.search)
 
     # --- one candidate ---
 
@@ -184,7 +200,7 @@ class Search:
             row["structure"] = key(net)
             found = self._cost(row["structure"], net, rows)
         except (gauge.Unfit, Unmeasured) as fault:
-            row |= {"status": "rejected", "why": fault.what}
+            row |= {"status": "rejected", "why": fault.what, "cpu_ms": None, "mb": None}
             self._unmeasured += isinstance(fault, Unmeasured)
             hopeless = fault if self._unmeasured >= FAILURES else None
         else:
@@ -233,27 +249,31 @@ class Search:
         return False
 
     def _train(self, row: Row) -> None:
-        """Train a candidate, or go on where its training was interrupted."""
+        """Train a candidate, or go on where its training was interrupted.
+
+        Raises:
+            ImgtoolError: As ``_fail``; or a tracker cannot be reached, for which no candidate can help.
+        """
         began = time.monotonic()
         try:
             found = self._trained(row)
+        except track.Unreachable:
+            raise
         except ImgtoolError as fault:
-            row |= {"status": "failed", "why": fault.what}
-            if self._gives_up(row, fault):
-                raise
-            self.crew.say(f"{_name(row)}: failed: {fault.what}")
-        else:
-            if found is None:
-                self.crew.say(f"{_name(row)}: another process took it over")
-                return
-            scores = dict(found["best"]["scores"])
-            row["metric"], row["score"] = self._score(scores)
-            row |= {"status": "trained", "scores": scores, "weights": found["weights"]}
-            self.crew.say(f"{_name(row)}: {row['metric']} {row['score']:.4g}, {_costs(row)}")
+            row["seconds"] += time.monotonic() - began
+            self._fail(row, fault)
+            return
+        if found is None:
+            self.crew.say(f"{_name(row)}: another process took it over")
+            return
+        self._failures = 0
         row["seconds"] += time.monotonic() - began
+        scores = dict(found["best"]["scores"])
+        row["metric"], row["score"] = self._score(scores)
+        row |= {"status": "trained", "why": "", "scores": scores, "weights": found["weights"]}
+        self.crew.say(f"{_name(row)}: {row['metric']} {row['score']:.4g}, {_costs(row)}")
         self.board.save(row)
-        if row["status"] == "trained":
-            self.report()
+        self.report()
 
     def _trained(self, row: Row) -> Mapping[str, Any] | None:
         """Return what the training of a candidate found, None where another process has taken it over."""
@@ -272,13 +292,28 @@ class Search:
         known = ((name, value) for name, value in values if value is not None and math.isfinite(value))
         return next(known)
 
-    def _gives_up(self, row: Row, fault: ImgtoolError) -> bool:
-        """Tell whether other candidates will do no better; what failed is then tried again at the next go."""
-        others = [each for each in self.board.rows() if each["trial"] != row["trial"]]
-        tried = [each["status"] for each in others if each["status"] in ("trained", "failed")]
-        if fault.code == USAGE and "trained" not in tried:
-            return True
-        return [*tried, "failed"][-FAILURES:] == ["failed"] * FAILURES
+    def _fail(self, row: Row, fault: ImgtoolError) -> None:
+        """Take down that a training failed.
+
+        Raises:
+            ImgtoolError: It was asked wrongly, and no training has shown that others would do better: the
+                trial is tried once more at the next go. Or several failed in a row, and none was trained.
+        """
+        trained = _count(self.board.rows(), "trained")
+        again, row["why"] = row["why"] == fault.what, fault.what
+        if fault.code == USAGE and not trained and not again:
+            self.board.save(row)
+            raise fault
+        row["status"] = "failed"
+        self.board.save(row)
+        self.crew.say(f"{_name(row)}: failed: {fault.what}")
+        self._failures += 1
+        if self._failures >= FAILURES and not trained:
+            what = f"{FAILURES} trainings failed in a row, the last one: {fault.what}"
+            raise ImgtoolError(what, f"begin anew with a narrower --space, or {self._others()}")
+
+    def _others(self) -> str:
+        return f"try other candidates by --resume {self.crew.folder}"
 
     def _trial(self, row: Row) -> Train:
         """Return the settings of a training."""
@@ -309,7 +344,9 @@ class Search:
         elif not found["front"]:
             raise self._nothing(rows)
         elif _count(rows, "trained", "failed") < self.settings.search:
-            self.crew.say(f"stopped after {len(rows)} candidates: too few are within the limits, or new")
+            gave_up = _count(rows, "failed") >= FAILURES and not self._enough(rows)
+            why = f"too many fail; {self._others()}" if gave_up else "too few are within the limits, or new"
+            self.crew.say(f"stopped after {len(rows)} candidates: {why}")
         return found
 
     def _nothing(self, rows: Sequence[Row]) -> ImgtoolError:
@@ -317,13 +354,14 @@ class Search:
             return ImgtoolError("no trained network is within the limits", "raise --max-ms or --max-mb")
         if failed := [row["why"] for row in rows if row["status"] == "failed"]:
             return ImgtoolError(
-                f"no candidate could be trained: {failed[-1]}", "try a lower --batch, or more data"
+                f"no candidate could be trained: {failed[-1]}",
+                "a higher --search tries others; or begin anew with a narrower --space or a lower --batch",
             )
         known = [row for row in rows if row["measured"]]
         seen = f"none of them could be measured: {rows[-1]['why']}" if rows else "there are none"
         if known:
-            fastest, smallest = (min(row[name] for row in known) for name in ("cpu_ms", "mb"))
-            seen = f"the fastest takes {fastest:.3g} ms, the smallest {smallest:.3g} MB"
+            least = {name: min(row[name] for row in known) for name in ("cpu_ms", "mb", "parameters")}
+            seen = f"the least that they cost is {_costs(least)}"
         what = f"none of {len(rows)} candidates is within the limits ({self.limits}): {seen}"
         return ImgtoolError(what, "raise --max-ms, --max-mb or --max-parameters")
 

@@ -43,14 +43,14 @@ class Limits(NamedTuple):
     mb: float = 0.0
     parameters: int = 0
 
+    def given(self) -> dict[str, float]:
+        """Return the limits that are set, by the names of what ``Cost`` has."""
+        limits = {"cpu_ms": self.ms, "mb": self.mb, "parameters": self.parameters}
+        return {name: limit for name, limit in limits.items() if limit}
+
     def excess(self, cost: Cost) -> dict[str, float]:
         """Return by how much a cost is over each limit that is set; what is within is zero or below."""
-        pairs = {
-            "cpu_ms": (cost.cpu_ms, self.ms),
-            "mb": (cost.mb, self.mb),
-            "parameters": (cost.parameters, self.parameters),
-        }
-        return {name: value - limit for name, (value, limit) in pairs.items() if limit}
+        return {name: getattr(cost, name) - limit for name, limit in self.given().items()}
 
     def missed(self, cost: Cost) -> str:
         """Return which limit a cost misses, in words; "" where it meets all."""

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import json
 import logging
+import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -30,8 +31,8 @@ NEEDS = {"optuna": ("optuna", "Optuna", "search"), "ax": ("ax", "Ax", "search-ax
 class Sampler(Protocol):
     """Who proposes candidates, and is told what became of them."""
 
-    def ask(self) -> tuple[int, Point]:
-        """Return the number of the next trial, and the point to try."""
+    def ask(self) -> tuple[int, Point] | None:
+        """Return the number of the next trial, and the point to try; None where no other is left."""
         ...
 
     def tell(self, row: Row) -> None:
@@ -111,7 +112,7 @@ class Ax:
                 parameter_constraints=list(question.constraints),
             )
             metric = question.metric if question.higher_is_better else f"-{question.metric}"
-            limits = [f"cpu_ms <= {question.limits.ms}"] if question.limits.ms else []
+            limits = [f"{name} <= {limit}" for name, limit in question.limits.given().items()]
             self._client.configure_optimization(f"{metric}, -cpu_ms", outcome_constraints=limits)
             self._client.configure_generation_strategy(
                 initialization_budget=RANDOM,
@@ -121,10 +122,21 @@ class Ax:
                 initialize_with_center=False,
             )
 
-    def ask(self) -> tuple[int, Point]:
-        """Return the number of the next trial, and the point to try."""
+    def ask(self) -> tuple[int, Point] | None:
+        """Return the number of the next trial, and the point to try; None where the space is used up.
+
+        Raises:
+            ImgtoolError: Ax has no point for another reason.
+        """
         with _quiet():
-            ((index, point),) = self._client.get_next_trials(1).items()
+            complete = importlib.import_module("ax.exceptions.core").OptimizationComplete
+            try:
+                ((index, point),) = self._client.get_next_trials(1).items()
+            except complete:
+                return None
+            except Exception as fault:  # those of Ax, and of what it builds on, have no common base
+                hint = "go on by --resume, or begin anew with --sampler optuna"
+                raise ImgtoolError(f"Ax proposes no candidate: {fault}", hint) from fault
         self._asked[_as_key(point)] = index
         self._next += 1
         return self._next - 1, dict(point)
@@ -139,11 +151,11 @@ class Ax:
         with _quiet():
             if index is None:
                 index = self._client.attach_trial(at)
+            costs = {name: row.get(name) for name in {"cpu_ms": 0, **self._question.limits.given()}}
             if row["status"] in ("trained", "repeated"):
-                scores = {self._question.metric: row["score"], "cpu_ms": row["cpu_ms"]}
-                self._client.complete_trial(index, scores)
+                self._client.complete_trial(index, {self._question.metric: row["score"], **costs})
             elif row["cpu_ms"] is not None and row["measured"]:  # Ax learns of costs from these as well
-                self._client.attach_data(index, {"cpu_ms": row["cpu_ms"]})
+                self._client.attach_data(index, costs)
                 self._client.mark_trial_early_stopped(index)
             else:
                 self._client.mark_trial_abandoned(index)
@@ -152,9 +164,9 @@ class Ax:
 def _ax_parameter(name: str, each: Span | Choice) -> Any:
     configs = importlib.import_module("ax.api.configs")
     if isinstance(each, Choice):
-        kinds = {bool: "bool", int: "int", float: "float", str: "str"}
-        kind = next(iter({type(value) for value in each.values}), str)
-        return configs.ChoiceParameterConfig(name, list(each.values), kinds[kind])
+        found = {type(value) for value in each.values}
+        kind = next(kind for kind in (str, float, int, bool) if kind in found)  # the one that holds all
+        return configs.ChoiceParameterConfig(name, [kind(value) for value in each.values], kind.__name__)
     return configs.RangeParameterConfig(name, each.bounds(), "float", scaling="log" if each.log else None)
 
 
@@ -177,13 +189,13 @@ class Optuna:
             folder: Of the search.
             worker: Number of this process among those of the search: each draws its own random numbers.
         """
-        with _quiet():
+        self._path = folder / JOURNAL
+        with _writing(self._path):
             self._optuna: Any = importlib.import_module("optuna")
             journal: Any = importlib.import_module("optuna.storages.journal")
-            path = str(folder / JOURNAL)
-            lock = journal.JournalFileOpenLock(path)  # holds on NFS, and where links need rights
+            file = journal.JournalFileBackend(str(self._path), _Lock(self._path))
             self._study = self._optuna.create_study(
-                storage=self._optuna.storages.JournalStorage(journal.JournalFileBackend(path, lock)),
+                storage=self._optuna.storages.JournalStorage(file),
                 sampler=self._optuna.samplers.TPESampler(
                     seed=question.seed + 7919 * worker, multivariate=True, constant_liar=True
                 ),
@@ -205,7 +217,7 @@ class Optuna:
 
     def ask(self) -> tuple[int, Point]:
         """Return the number of the next trial, and the point to try."""
-        with _quiet():
+        with _writing(self._path):
             trial = self._study.ask(self._space)
         self._asked[trial.number] = trial
         return trial.number, dict(trial.params)
@@ -214,7 +226,7 @@ class Optuna:
         """Take up what is known of a trial; see ``Sampler``."""
         states = self._optuna.trial.TrialState
         known, number = self._asked.pop(row["trial"], None), row["trial"]
-        with _quiet():
+        with _writing(self._path):
             if known is None and not self._written(row):
                 self._write(row)
                 return
@@ -230,12 +242,18 @@ class Optuna:
     def _written(self, row: Row) -> bool:
         """Tell whether the journal holds a trial by its number: it may have been lost."""
         trials = self._study.get_trials(deepcopy=False)
-        return row["trial"] < len(trials) and bool(trials[row["trial"]].params == row["point"])
+        return row["trial"] < len(trials) and self._is_of(trials[row["trial"]], row)
+
+    def _is_of(self, trial: Any, row: Row) -> bool:
+        """Tell whether a trial is what became of a row: not one that was rejected before it was trained."""
+        better = row["status"] in ("trained", "repeated") and trial.state.is_finished()
+        states = self._optuna.trial.TrialState
+        return bool(trial.params == row["point"]) and not (better and trial.state != states.COMPLETE)
 
     def _write(self, row: Row) -> None:
         """Add a trial that has ended to a journal that does not know it, by its number where that is free."""
         trials = self._study.get_trials(deepcopy=False)
-        if any(each.params == row["point"] for each in trials):
+        if any(self._is_of(each, row) for each in trials):
             return
         states, create = self._optuna.trial.TrialState, self._optuna.trial.create_trial
         for _ in range(len(trials), row["trial"]):
@@ -256,6 +274,86 @@ class Optuna:
         if found is None:
             return {"unfit": 1.0} if row["status"] == "rejected" else {}
         return self._question.limits.excess(found)
+
+
+class _Lock:
+    """Optuna's lock of a journal, by which whoever gets it finds whole lines alone.
+
+    A full disk and a killed process leave a part of one, to which the next would be glued.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Name the journal; it need not exist."""
+        journal: Any = importlib.import_module("optuna.storages.journal")
+        self._path = path
+        self._lock = journal.JournalFileOpenLock(str(path))  # holds on NFS, and where links need rights
+
+    def acquire(self) -> bool:
+        """Wait for the lock, and cut off what follows the last end of a line."""
+        self._lock.acquire()
+        try:
+            self._cut()
+        except BaseException:
+            self._lock.release()
+            raise
+        return True
+
+    def release(self) -> None:
+        """Give the lock back."""
+        self._lock.release()
+
+    def _cut(self) -> None:
+        if not self._path.exists():
+            return
+        with self._path.open("r+b") as file:
+            file.seek(max(file.seek(0, os.SEEK_END) - 1, 0))
+            if file.read() not in (b"", b"\n"):
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
+
+
+def put_aside(folder: Path) -> Path | None:
+    """Rename the journal of a search where it has a line that cannot be read; ``tell`` writes it anew.
+
+    Returns:
+        What it is called then; None where there is none, or all of it can be read.
+
+    Raises:
+        ImgtoolError: The folder cannot be written.
+    """
+    path, aside = folder / JOURNAL, folder / f"{JOURNAL}.damaged"
+    if not path.exists():
+        return None
+    with _writing(path):
+        lock = _Lock(path)
+        lock.acquire()
+        try:
+            with path.open("rb") as lines:
+                damaged = not all(map(_readable, lines))
+            if damaged:
+                path.replace(aside)
+        finally:
+            lock.release()
+    return aside if damaged else None
+
+
+def _readable(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
+
+
+@contextmanager
+def _writing(journal: Path) -> Iterator[None]:
+    """Be quiet, and say in words that a journal cannot be written."""
+    try:
+        with _quiet():
+            yield
+    except OSError as fault:
+        what = f"cannot write {journal}: {(fault.strerror or str(fault)).lower()}"
+        hint = f"make room for it, then go on by --resume {journal.parent}"
+        raise ImgtoolError(what, hint) from None
 
 
 @contextmanager

@@ -35,10 +35,18 @@ NEEDS: Mapping[str, tuple[str, ...]] = {
 """The modules of each extra."""
 STORES = ("http://", "https://", "sqlite:///", "postgresql", "mysql", "mssql", "databricks", "uc:")
 """How what MLflow records into may begin."""
+OFF = ("", "none")
+"""Words for no tracker: none was asked for, and none shall be."""
+WITHOUT = "--track none goes on without it"
+"""The end of the advice where a tracker cannot be opened."""
 OURS = {"track_to": "--track-to", "experiment": "--experiment", "register_as": "--register"}
 """Settings that only a tracker reads, and their flags."""
 NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}"
 """What a registered model may be called everywhere."""
+
+
+class Unreachable(ImgtoolError):
+    """A tracker cannot be opened here: its package, server, store, folder or login is missing."""
 
 
 class Tracker(Protocol):
@@ -96,17 +104,15 @@ def check(settings: Train) -> None:
     """
     kind: str = settings.track
     if not kind:
-        for name, flag in OURS.items():
-            if getattr(settings, name):
-                what = f"{flag} is for a tracker, and there is none"
-                raise ImgtoolError(what, "add --track mlflow, or another one", USAGE)
+        _check_lone(settings)
+    if kind in OFF:  # with "none", what else a file may say of a tracker changes nothing
         return
     _check_secret(settings.track_to)
     for module in NEEDS[kind]:
         if importlib.util.find_spec(module) is None:
             lacking = "" if module == kind else f" with {module}"
             what = f"--track {kind} needs {TITLES[kind]}{lacking}"
-            raise ImgtoolError(what, f"pip install 'imgtool[{kind}]'", USAGE)
+            raise Unreachable(what, f"pip install 'imgtool[{kind}]'", USAGE)
     _check_place(kind, settings.track_to)
     if settings.register_as and kind == "tensorboard":
         what = "--register: TensorBoard keeps no models"
@@ -114,6 +120,20 @@ def check(settings: Train) -> None:
     if settings.register_as and not re.fullmatch(NAME, settings.register_as):
         what = f"--register {settings.register_as}: no name of a model"
         raise ImgtoolError(what, "letters, digits and . _ - are possible", USAGE)
+
+
+def _check_lone(settings: Train) -> None:
+    for name, flag in OURS.items():
+        if getattr(settings, name):
+            what = f"{flag} is for a tracker, and there is none"
+            raise ImgtoolError(what, "add --track mlflow, or another one", USAGE)
+
+
+def unlike(begun: Train, wanted: Train) -> set[str]:
+    """Return the settings of a run that do not hold for another tracker than the one it was begun with."""
+    if begun.track == wanted.track:
+        return set()
+    return {"track_to", "register_as"} if wanted.track == "tensorboard" else {"track_to"}
 
 
 def _check_secret(place: str) -> None:
@@ -152,7 +172,7 @@ def begin(engine: Engine, settings: Train, folder: Path, say: Callable[[str], No
     Raises:
         ImgtoolError: As ``check``; or the tracker cannot be begun: no server answers, nobody is logged in.
     """
-    if not settings.track:
+    if settings.track in OFF:
         yield Silent()
         return
     check(settings)

@@ -5,14 +5,18 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import sqlite3
 import tempfile
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import imgtool
 from imgtool.errors import ImgtoolError
+from imgtool.track import WITHOUT, Unreachable
 from imgtool.track.address import public
 from imgtool.track.facts import COMMIT
 from imgtool.track.package import Package
@@ -35,6 +39,8 @@ SURROUNDINGS = {
 }
 """Variables that are set where the user has not set them."""
 CHATTY = ("mlflow", "alembic", "urllib3.connectionpool")
+PATIENCE = 120.0
+"""Seconds that a run waits at most while other processes open its store."""
 BATCH, PARAMETERS = 1000, 100
 """Numbers, and parameters or tags, that a request may hold."""
 LONGEST = 5000
@@ -47,24 +53,43 @@ def open_sink(about: About) -> MLflow:
     """Begin a run, or go on with it.
 
     Raises:
-        ImgtoolError: The store or the server does not answer, or refuses.
+        Unreachable: The store or the server does not answer, or refuses.
     """
     given = about.settings.track_to or os.environ.get(ADDRESS, "") or STORE
     place = _again(absolute(given), about.before.get("to", ""))
     for name, value in SURROUNDINGS.items():
         os.environ.setdefault(name, value)
     try:
-        if place.startswith(SQLITE):
-            _file_of(place).parent.mkdir(parents=True, exist_ok=True)
-        client = importlib.import_module("mlflow.tracking").MlflowClient(place, registry_uri=place)
-        for name in CHATTY:
-            logging.getLogger(name).setLevel(logging.ERROR)
-        return MLflow(client, about, place, given)
+        library = importlib.import_module("mlflow.tracking")
+        with _alone(place), warnings.catch_warnings(action="ignore"):
+            client = library.MlflowClient(place, registry_uri=place)
+            for name in CHATTY:
+                logging.getLogger(name).setLevel(logging.ERROR)
+            return MLflow(client, about, place, given)
     except Exception as fault:  # noqa: BLE001 - of any of the libraries under it
         hint = "is the server running, and the address right?"
         if place.startswith(SQLITE):
-            hint = "name a file that can be written: --track-to sqlite:///FOLDER/mlflow.db"
-        raise ImgtoolError(f"MLflow cannot record into {public(place)}: {line(fault)}", hint) from None
+            hint = "name a file that can be written: --track-to sqlite:///FOLDER/mlflow.db;"
+        what = f"MLflow cannot record into {public(place)}: {line(fault)}"
+        raise Unreachable(what, f"{hint} {WITHOUT}") from None
+
+
+@contextmanager
+def _alone(place: str) -> Iterator[None]:
+    """Keep other processes out while a file is opened: two that make its tables at once spoil each other's.
+
+    The lock is SQLite's on an empty file beside, which stays: it holds wherever SQLite works, and ends with
+    its process.
+    """
+    if not place.startswith(SQLITE):
+        yield
+        return
+    store = _file_of(place)
+    path = store.with_name(f".{store.name}-lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with closing(sqlite3.connect(path, timeout=PATIENCE, isolation_level=None)) as lock:
+        lock.execute("BEGIN EXCLUSIVE")
+        yield
 
 
 def absolute(place: str) -> str:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import importlib
 import io
+import itertools
 import json
 import os
 import socket
 import struct
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from imgtool.errors import ImgtoolError
+from imgtool.track import WITHOUT, Unreachable
 from imgtool.track.package import Package
 from imgtool.track.sink import About, Row, Status
 
@@ -28,15 +30,31 @@ def open_sink(about: About) -> TensorBoard:
     """Begin a file of events.
 
     Raises:
-        ImgtoolError: The folder cannot be written.
+        Unreachable: The folder cannot be written.
     """
     to = about.settings.track_to
-    folder = Path(to) / about.experiment / about.name if to else about.folder
     try:
-        return TensorBoard(about, folder, Path(to) if to else _root(about.folder))
+        if to:
+            return TensorBoard(about, _among_others(about, Path(to)), Path(to))
+        return TensorBoard(about, about.folder, _root(about.folder))
     except OSError as fault:
-        what = f"TensorBoard cannot record into {folder}: {fault.strerror}"
-        raise ImgtoolError(what, "name another folder by --track-to") from None
+        what = f"TensorBoard cannot record into {to or about.folder}: {fault.strerror}"
+        raise Unreachable(what, f"name another folder by --track-to; {WITHOUT}") from None
+
+
+def _among_others(about: About, to: Path) -> Path:
+    """Return the folder in which a run goes on, or a new one: no two runs of the same name share one."""
+    place = Path(about.experiment, about.name)
+    before = Path(about.before.get("run", "")).parts
+    if before[-len(place.parts) : -1] == place.parts[:-1]:  # the rest of its path may have been moved
+        return to / place.with_name(before[-1])
+    for number in itertools.count(1):
+        folder = to / (place if number == 1 else place.with_name(f"{place.name}-{number}"))
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):
+            folder.mkdir()
+            break
+    return folder
 
 
 def _root(folder: Path) -> Path:
@@ -65,6 +83,7 @@ class TensorBoard:
         name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
         self._path = folder / name
         self.memory = {"run": str(folder.resolve()), "to": str(root)}
+        self._name = Path(about.name).with_name(folder.resolve().name).as_posix()
         self.where = f"tensorboard --logdir {root}"
         self._write(
             [self._event.Event(file_version="brain.Event:2", wall_time=time.time()), *self._first(about)]
@@ -83,7 +102,7 @@ class TensorBoard:
         table = "\n".join(f"| {name} | {value} |" for name, value in about.facts.items())
         summaries = [
             api.hparams_config_pb([api.HParam(name) for name in parameters], best),
-            api.hparams_pb(parameters, trial_id=about.name),
+            api.hparams_pb(parameters, trial_id=self._name),
             text("settings", "\n".join(f"    {name} = {value}" for name, value in about.parameters.items())),
             text("facts", f"| | |\n|---|---|\n{table}"),
             text("packages", "\n".join(f"    {each}" for each in about.packages)),

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from imgtool.errors import USAGE, ImgtoolError
+from imgtool.errors import USAGE
+from imgtool.track import WITHOUT, Unreachable
 from imgtool.track.facts import COMMIT
 from imgtool.track.package import Package
 from imgtool.track.recorder import line
@@ -47,12 +48,12 @@ def mode() -> str:
     """Return "online", "offline" or another word of WANDB_MODE, which wins.
 
     Raises:
-        ImgtoolError: Code 2: it says online, and nobody is logged in.
+        Unreachable: Code 2: it says online, and nobody is logged in.
     """
     wanted = os.environ.get("WANDB_MODE", "")
     if wanted in {"online", "shared"} and not logged_in():
         what = f"WANDB_MODE={wanted}, and nobody is logged in to Weights & Biases"
-        raise ImgtoolError(what, "run wandb login, or set WANDB_MODE=offline", USAGE)
+        raise Unreachable(what, "run wandb login, or set WANDB_MODE=offline", USAGE)
     return wanted or ("online" if logged_in() else "offline")
 
 
@@ -60,7 +61,7 @@ def open_sink(about: About) -> Wandb:
     """Begin a run, or go on with it.
 
     Raises:
-        ImgtoolError: Nobody is logged in where that is needed, the service does not answer, or the folder
+        Unreachable: Nobody is logged in where that is needed, the service does not answer, or the folder
             cannot be written.
     """
     chosen = mode()
@@ -71,7 +72,8 @@ def open_sink(about: About) -> Wandb:
         return Wandb(about, to, chosen)
     except Exception as fault:  # noqa: BLE001 - of its client, its service, the system
         what = f"Weights & Biases cannot record into {to}: {line(fault)}"
-        raise ImgtoolError(what, "WANDB_MODE=offline needs no network; --track-to names the folder") from None
+        hint = f"WANDB_MODE=offline needs no network; --track-to names the folder; {WITHOUT}"
+        raise Unreachable(what, hint) from None
 
 
 class Wandb:

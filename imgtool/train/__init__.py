@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -49,9 +49,11 @@ def resumed(
         local: Gives the run's own settings with copies on this machine of what they name elsewhere.
 
     Raises:
-        ImgtoolError: Code 2, where the folder holds no run of this engine.
+        ImgtoolError: Code 2: the folder holds no run of this engine, what was given now cannot go on with
+            it, or is for a search where there is none.
     """
     if not settings.resume:
+        _check_lone(settings, settings.model_fields_set)
         return settings
     path = settings.resume / SETTINGS
     if not path.is_file():
@@ -67,10 +69,12 @@ def resumed(
         )
     given = {name: getattr(settings, name) for name in settings.model_fields_set}
     begun = local(make(type(settings), before, str(path)))
-    before = {name: getattr(begun, name) for name in before}
+    other = track.unlike(begun, settings) if "track" in given else set()
+    before = {name: getattr(begun, name) for name in before if name not in other}
     found = make(type(settings), before | given, str(path))
     if begun.space and "space" not in given:
         found = found.changed(space=settings.resume / searching.SPACE)
+    _check_lone(found, settings.model_fields_set)
     _check_same_network(engine, begun, found)
     repeat.check_same(begun, found)
     searching.check_same(begun, found)
@@ -90,7 +94,6 @@ def _check_same_network(engine: Engine, begun: Train, wanted: Train) -> None:
 
 def plan(engine: Engine, settings: Train) -> Mapping[str, object]:
     """Return what ``--dry-run`` tells: where it would run, how large, how long, and what it writes."""
-    _check_lone(settings)
     if names.is_url(settings.resume):
         return places.plan(settings)
     settings = resumed(engine, settings)
@@ -109,14 +112,16 @@ def plan(engine: Engine, settings: Train) -> Mapping[str, object]:
     }
 
 
-def _check_lone(settings: Train) -> None:
+def _check_lone(settings: Train, given: Collection[str]) -> None:
     """Refuse flags of a search, or of many runs, where there is neither: they would change nothing."""
-    fields, given = type(settings).model_fields, settings.model_fields_set
+    fields = type(settings).model_fields
     lone = [name for name in SEARCHING if name in given and getattr(settings, name) != fields[name].default]
-    if settings.search or settings.resume or not lone or (lone == ["parallel"] and settings.runs > 1):
+    if settings.search or not lone or (lone == ["parallel"] and settings.runs > 1):
         return
     flag = f"--{lone[0].replace('_', '-')}"
     hint = "add --search N" + (", or --runs N" if lone[0] == "parallel" else "")
+    if settings.resume:
+        hint = f"leave out {flag}, or begin anew"
     raise ImgtoolError(f"{flag} is for a search, and there is none", hint, USAGE)
 
 
@@ -151,7 +156,6 @@ def run(engine: Engine, settings: Train, console: Console) -> int:
 def _run(engine: Engine, settings: Train, console: Console) -> int:
     if settings.search and settings.out and (settings.out / searching.SPACE).exists():
         settings = settings.changed(resume=settings.out, out=None)  # somebody began: help with it
-    _check_lone(settings)
     settings = resumed(engine, settings, partial(places.mirrored, console=console))
     track.check(settings)
     folder = run_folder(engine, settings)

@@ -23,9 +23,7 @@ if TYPE_CHECKING:
 
 SPACE = "space.toml"
 """The space of a search, in its folder."""
-FREE = repeat.FREE | {
-    "search", "space", "max_ms", "max_mb", "max_parameters", "track", "track_to", "experiment",
-}  # fmt: skip
+FREE = repeat.FREE | {"search", "space", "max_ms", "max_mb", "max_parameters"}
 """Settings that may change while a search goes on; the space is compared by what it holds."""
 EXTENT = ("search", "max_ms", "max_mb", "max_parameters")
 """Settings by which a search is extended: whoever joins it later takes the latest."""
@@ -146,7 +144,7 @@ def _resumed(engine: Engine, settings: Train, path: Path, text: bytes, console: 
     begun = make(type(settings), table(record, "train", engine.name), str(record))
     now = begun.changed(**{name: getattr(settings, name) for name in EXTENT})
     if limits(begun) != limits(now):
-        console.say(f"limits: {limits(now)}, before: {limits(begun)}; what was rejected stays rejected")
+        console.say(f"limits: {limits(now)}, before: {limits(begun)}; what they allow is rejected no longer")
     return Crew(engine, now, folder, console, joined=now == begun and path.exists(), first={SPACE: text})
 
 
