@@ -23,7 +23,8 @@ from imgtool.console import plain
 from imgtool.engine import Engine, Subject, Timing, Watch
 from imgtool.errors import DONE, FAILED, ImgtoolError
 from imgtool.memory import peak_mb
-from imgtool.settings import Bench, make
+from imgtool.settings import Bench
+from imgtool.settings.sources import make
 
 if TYPE_CHECKING:
     from torch import nn

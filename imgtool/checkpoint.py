@@ -20,7 +20,8 @@ from imgtool.engine import Engine
 from imgtool.errors import USAGE, ImgtoolError
 from imgtool.files import read, write
 from imgtool.header import FORMAT, SHIPPED, Weights, find, shipped
-from imgtool.settings import Settings, make
+from imgtool.settings import Settings
+from imgtool.settings.sources import make
 
 __all__ = [
     "SHIPPED",

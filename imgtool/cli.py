@@ -24,7 +24,8 @@ from imgtool import __version__, engines, names
 from imgtool.console import Console
 from imgtool.errors import DONE, INTERRUPTED, USAGE, ImgtoolError
 from imgtool.flags import Command, Flag, commands, flags, general
-from imgtool.settings import VERBS, Settings, Train, resolve, to_toml
+from imgtool.settings import VERBS, Settings, Train
+from imgtool.settings.sources import resolve, to_toml
 
 UNDO = "no_"
 KEYWORD = inspect.Parameter.KEYWORD_ONLY

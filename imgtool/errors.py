@@ -1,5 +1,9 @@
 """The one exception that a user meets: what went wrong, and what to do about it."""
 
+from __future__ import annotations
+
+from collections.abc import Iterable
+
 DONE = 0
 FAILED = 1
 USAGE = 2
@@ -22,10 +26,21 @@ class ImgtoolError(Exception):
         self.code = code
         super().__init__(self.what)
 
-    def __reduce__(self) -> tuple[type["ImgtoolError"], tuple[str, str, int]]:
+    def __reduce__(self) -> tuple[type[ImgtoolError], tuple[str, str, int]]:
         """Survive the way through a pipe from a child process."""
         return type(self), (self.what, self.hint, self.code)
 
 
 class Fatal(ImgtoolError):
     """What ends a whole batch: the inputs that are left would meet it too."""
+
+
+def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
+    """Return a hint that names the nearest known word, or all of them."""
+    import difflib
+
+    words = list(known)
+    near = difflib.get_close_matches(word, words, 1)
+    if near:
+        return f"did you mean {prefix}{near[0]}?"
+    return "known: " + ", ".join(prefix + each for each in words)

@@ -9,7 +9,8 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 from imgtool import engines
-from imgtool.settings import ACTIONS, PANELS, VERBS, Settings, declared, presets
+from imgtool.settings import ACTIONS, PANELS, VERBS, Settings, declared
+from imgtool.settings.sources import presets
 
 GENERAL = "General"
 CONFIG_HELP = "Settings file; --no-SWITCH turns off a switch that it turns on. Its table is"

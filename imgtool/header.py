@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from imgtool import files
-from imgtool.errors import USAGE, ImgtoolError
-from imgtool.settings import did_you_mean
+from imgtool.errors import USAGE, ImgtoolError, did_you_mean
 
 SHIPPED = Path(__file__).with_name("weights")
 FORMAT = "imgtool-weights/1"

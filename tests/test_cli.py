@@ -19,7 +19,8 @@ from imgtool import __version__, engines
 from imgtool.cli import main, run
 from imgtool.errors import ImgtoolError
 from imgtool.flags import commands, flags, general
-from imgtool.settings import VERBS, resolve
+from imgtool.settings import VERBS
+from imgtool.settings.sources import resolve
 
 ROOT = Path(__file__).parents[1]
 HEAVY = "torch torchvision numpy cv2 PIL imageio rawpy tifffile matplotlib jinja2 safetensors".split()

@@ -21,7 +21,7 @@ from imgtool.engine import Engine, TileFacts, Watch
 from imgtool.errors import USAGE, ImgtoolError
 from imgtool.flags import commands
 from imgtool.images import Photo
-from imgtool.settings import make, table, to_toml
+from imgtool.settings.sources import make, table, to_toml
 
 MATERIAL: Mapping[str, Callable[[Path], dict[str, Any]]] = {
     "deblur": lambda folder: {"photos": (folder,), "crop": 32, "held_out": 3},

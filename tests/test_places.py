@@ -16,7 +16,8 @@ import tomli
 from imgtool import cli, names, places
 from imgtool.engines.deblur.settings import Infer, Train
 from imgtool.errors import DONE, USAGE
-from imgtool.settings import Fetch, make, to_toml
+from imgtool.settings import Fetch
+from imgtool.settings.sources import make, to_toml
 from imgtool.train import portable
 
 

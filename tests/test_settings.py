@@ -14,7 +14,8 @@ from pydantic.fields import FieldInfo
 from imgtool.engines.deblur.settings import ACTIONS, Bench, Check, Infer, Synth, Train
 from imgtool.errors import USAGE, ImgtoolError
 from imgtool.flags import _kind, commands
-from imgtool.settings import PANELS, declared, presets, resolve, to_toml
+from imgtool.settings import PANELS, declared
+from imgtool.settings.sources import presets, resolve, to_toml
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ from imgtool import checkpoint, track, train
 from imgtool.engine import Engine
 from imgtool.errors import USAGE, ImgtoolError
 from imgtool.port import Axis, Port, Slot
-from imgtool.settings import to_toml
+from imgtool.settings.sources import to_toml
 from imgtool.track import address, facts, mlflow, recorder, tensorboard, wandb
 from imgtool.track.sink import About, Row
 from imgtool.train.crew import CAMPAIGN

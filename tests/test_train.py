@@ -38,7 +38,8 @@ from imgtool import checkpoint, cli, files, plots, sheets, train
 from imgtool.console import Console
 from imgtool.engine import Engine
 from imgtool.errors import DONE, FAILED, INTERRUPTED, USAGE, ImgtoolError
-from imgtool.settings import Train, table
+from imgtool.settings import Train
+from imgtool.settings.sources import table
 from imgtool.train import learning_rate
 
 

@@ -20,7 +20,8 @@ from imgtool.console import Bar
 from imgtool.engine import Engine, Result, Watch
 from imgtool.errors import ImgtoolError
 from imgtool.infer.listing import Job, Order, form_of
-from imgtool.settings import Infer, make
+from imgtool.settings import Infer
+from imgtool.settings.sources import make
 
 if TYPE_CHECKING:
     from imgtool.buckets.transit import Transit

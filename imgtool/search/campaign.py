@@ -25,7 +25,8 @@ from imgtool.search.cost import Cost, Limits, Unmeasured
 from imgtool.search.samplers import Question, Row, Sampler, cost, put_aside
 from imgtool.search.space import Point, taken
 from imgtool.search.task import Structure, Task, key
-from imgtool.settings import Train, make, to_toml
+from imgtool.settings import Train
+from imgtool.settings.sources import make, to_toml
 
 if TYPE_CHECKING:
     from imgtool.engine import Crew, Engine

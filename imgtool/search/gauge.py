@@ -18,7 +18,8 @@ from imgtool.engine import Engine, Watch
 from imgtool.errors import ImgtoolError
 from imgtool.memory import peak_mb
 from imgtool.search.cost import Cost, Unmeasured, cpu_times
-from imgtool.settings import Settings, make
+from imgtool.settings import Settings
+from imgtool.settings.sources import make
 
 SIDE = 512
 """Rows and columns of the picture that is measured on."""

@@ -12,8 +12,9 @@ import tomli
 from pydantic.fields import FieldInfo
 
 from imgtool import engines
-from imgtool.errors import USAGE, ImgtoolError
-from imgtool.settings import DATA, MODEL, TRAINING, Settings, check, declared, did_you_mean
+from imgtool.errors import USAGE, ImgtoolError, did_you_mean
+from imgtool.settings import DATA, MODEL, TRAINING, Settings, declared
+from imgtool.settings.sources import check
 
 Value = int | float | str | bool
 Point = Mapping[str, Value]

@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING, Any
 import imgtool
 from imgtool import engines, files, loading, outputs
 from imgtool.engine import Engine, Result, Watch
-from imgtool.errors import USAGE, ImgtoolError
+from imgtool.errors import USAGE, ImgtoolError, did_you_mean
 from imgtool.serve.request import NAME, PHOTO, Limits, Refused, Reply, Request, check_length, photo
-from imgtool.settings import Infer, Settings, declared, did_you_mean, make, setting
+from imgtool.settings import Infer, Settings, declared, setting
+from imgtool.settings.sources import make
 
 if TYPE_CHECKING:
     from imgtool.images import Photo

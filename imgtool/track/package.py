@@ -18,7 +18,7 @@ from imgtool import checkpoint, engines
 from imgtool.errors import ImgtoolError
 from imgtool.header import Weights
 from imgtool.port import axis_of, length
-from imgtool.settings import make
+from imgtool.settings.sources import make
 from imgtool.track import facts
 from imgtool.track.sink import About
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from imgtool import compute, dist, names, places, repeat, track
 from imgtool.engine import Engine
 from imgtool.errors import DONE, USAGE, ImgtoolError
-from imgtool.settings import Train, make, table
+from imgtool.settings import Train
+from imgtool.settings.sources import make, table
 from imgtool.train import searching
 from imgtool.train.crew import CAMPAIGN, DONE_FILE, Crew
 from imgtool.train.feeding import Numbers

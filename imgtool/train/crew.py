@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from imgtool import files
 from imgtool.console import plain
 from imgtool.engine import Engine
-from imgtool.settings import Train, to_toml
+from imgtool.settings import Train
+from imgtool.settings.sources import to_toml
 from imgtool.train.loop import LOG, SETTINGS, STATE, Loop
 
 if TYPE_CHECKING:

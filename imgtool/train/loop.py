@@ -29,7 +29,8 @@ from imgtool.engine import Engine
 from imgtool.errors import USAGE, ImgtoolError
 from imgtool.optimisers import Soap
 from imgtool.samples import Stages
-from imgtool.settings import Train, to_toml
+from imgtool.settings import Train
+from imgtool.settings.sources import to_toml
 from imgtool.train.feeding import Numbers, load, size_at
 from imgtool.train.phases import Phases
 

@@ -14,7 +14,8 @@ from imgtool.search import samplers, space
 from imgtool.search.board import Board
 from imgtool.search.campaign import Search, limits, question
 from imgtool.search.task import Task, usual
-from imgtool.settings import Train, make, table
+from imgtool.settings import Train
+from imgtool.settings.sources import make, table
 from imgtool.train.crew import Crew
 from imgtool.train.loop import SETTINGS
 

@@ -24,7 +24,7 @@ from imgtool.engines.lens.geometry import BrownConrady
 from imgtool.engines.lens.network import Guess, ImageEstimator
 from imgtool.engines.lens.settings import Model, Train
 from imgtool.errors import FAILED, USAGE, ImgtoolError
-from imgtool.settings import presets, resolve
+from imgtool.settings.sources import presets, resolve
 
 EDGE = 64
 FRAMES = torch.tensor([[1.0, 2 / 3], [0.75, 1.0]])

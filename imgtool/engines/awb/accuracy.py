@@ -20,8 +20,7 @@ from imgtool import files
 from imgtool.engine import Budget, Table
 from imgtool.engines.awb import angles, apply, classical, data, sets
 from imgtool.engines.awb.settings import Infer
-from imgtool.errors import USAGE, ImgtoolError
-from imgtool.settings import did_you_mean
+from imgtool.errors import USAGE, ImgtoolError, did_you_mean
 
 if TYPE_CHECKING:
     from imgtool.engines.awb.estimate import Net

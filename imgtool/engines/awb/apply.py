@@ -96,7 +96,7 @@ def prepare(path: Path, settings: Infer) -> Net:
     if path.suffix.lower() in EXPORTED:
         return _exported(path, settings)
     from imgtool import header
-    from imgtool.settings import make
+    from imgtool.settings.sources import make
 
     weights = header.read(path, "awb")
     shape = make(Model, weights.model, f"weights {weights.name}")

@@ -22,8 +22,7 @@ from imgtool.engine import Budget, Report, Table
 from imgtool.engines.awb import accuracy, angles, estimate, exported, sets, worker
 from imgtool.engines.awb.settings import Model
 from imgtool.engines.awb.stats import AwbStats, of_linear
-from imgtool.errors import USAGE, ImgtoolError
-from imgtool.settings import did_you_mean
+from imgtool.errors import USAGE, ImgtoolError, did_you_mean
 
 if TYPE_CHECKING:
     from imgtool.engines.awb.settings import Bench

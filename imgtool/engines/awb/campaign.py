@@ -16,7 +16,7 @@ from imgtool import checkpoint, files
 from imgtool.engines.awb import angles, data, estimate
 from imgtool.engines.awb.settings import Model, Train
 from imgtool.engines.awb.stats import AwbStats
-from imgtool.settings import make
+from imgtool.settings.sources import make
 
 if TYPE_CHECKING:
     from imgtool.engine import Crew

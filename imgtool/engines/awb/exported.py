@@ -15,7 +15,7 @@ from imgtool.engines.awb import estimate, features
 from imgtool.engines.awb.settings import Model
 from imgtool.errors import DONE, ImgtoolError
 from imgtool.loading import Shape, check_exported, checked
-from imgtool.settings import make
+from imgtool.settings.sources import make
 
 if TYPE_CHECKING:
     from imgtool.engines.awb.estimate import Net

@@ -19,7 +19,7 @@ from imgtool.search import gauge, space
 from imgtool.search.cost import CALLS, Cost, Limits, Unmeasured
 from imgtool.search.space import Span
 from imgtool.search.task import Task
-from imgtool.settings import make
+from imgtool.settings.sources import make
 
 HEIGHT, WIDTH = 432, 648
 BLOCKS = (1, 2, 3)

@@ -150,7 +150,7 @@ def network(weights: Path, runtime: str) -> Net:
     from imgtool import header
     from imgtool.engines.awb import estimate
     from imgtool.engines.awb.settings import Model
-    from imgtool.settings import make
+    from imgtool.settings.sources import make
 
     if runtime == "torch":
         import torch

@@ -20,9 +20,8 @@ from imgtool.engine import Result, TileFacts, Watch
 from imgtool.engines.filter import blackbox, targets
 from imgtool.engines.filter.edges import Levels, over_maximum
 from imgtool.engines.filter.port import Ported
-from imgtool.errors import USAGE, ImgtoolError
+from imgtool.errors import USAGE, ImgtoolError, did_you_mean
 from imgtool.images.photo import convert, to_type
-from imgtool.settings import did_you_mean
 
 if TYPE_CHECKING:
     from imgtool.engine import Pixels

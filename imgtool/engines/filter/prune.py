@@ -20,7 +20,7 @@ from imgtool.engines.filter.variants import seen_by
 from imgtool.errors import USAGE, ImgtoolError
 from imgtool.images import read_rgb8
 from imgtool.samples import distinct
-from imgtool.settings import make
+from imgtool.settings.sources import make
 
 if TYPE_CHECKING:
     from imgtool.engines.filter.settings import Train

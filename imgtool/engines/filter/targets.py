@@ -23,8 +23,7 @@ import numpy as np
 from imgtool.engines.filter import edges, pyramid, simple, smoothing, texture
 from imgtool.engines.filter.edges import Levels
 from imgtool.engines.filter.pixels import Floats, Limits, Pixels, eight_bit, unit
-from imgtool.errors import USAGE, ImgtoolError
-from imgtool.settings import did_you_mean
+from imgtool.errors import USAGE, ImgtoolError, did_you_mean
 
 Values = Mapping[str, int | float]
 

@@ -26,9 +26,8 @@ from imgtool.engine import Watch
 from imgtool.engines.isp import bayer, check, colour, noise, unprocess
 from imgtool.engines.isp.layouts import LIST, MADE, balance
 from imgtool.engines.isp.unprocess import Recipe
-from imgtool.errors import USAGE, ImgtoolError
+from imgtool.errors import USAGE, ImgtoolError, did_you_mean
 from imgtool.mosaic import Mosaic
-from imgtool.settings import did_you_mean
 
 if TYPE_CHECKING:
     from imgtool.engines.isp.settings import Inspect, Render, Synth

@@ -22,7 +22,7 @@ from imgtool.engines.isp import libraw
 from imgtool.engines.isp.settings import Infer, Model
 from imgtool.errors import ImgtoolError
 from imgtool.memory import peak_mb
-from imgtool.settings import make
+from imgtool.settings.sources import make
 
 if TYPE_CHECKING:
     from torch import nn
