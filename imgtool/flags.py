@@ -56,7 +56,7 @@ class Flag:
         kind: Type of one value: int, float, str, bool, Path or a Literal.
         help: What it does, one sentence.
         panel: Heading in help.
-        short: "-o", or "".
+        short: "-o", "", or the word of the flag where it is not the name.
         many: Whether it may be given more than once.
         argument: Whether it is positional.
         notes: Default, limits and whether it is required.
@@ -74,6 +74,8 @@ class Flag:
     @property
     def words(self) -> list[str]:
         """What is typed: "--long", and "-s" where there is a short form."""
+        if self.short.startswith("--"):
+            return [self.short]
         return ["--" + self.name.replace("_", "-")] + [self.short] * bool(self.short)
 
     @property

@@ -136,7 +136,8 @@ def _staged(url: str, settings: Settings, name: str, console: Console) -> Iterat
     with ExitStack() as stack:
         _agreed(lambda: _prepare(url, staged, settings, name, (console, stack)) if first_here else None)
         known = send.listed(stage) if name == "resume" and not (stage / UNSENT).exists() else {}
-        sender = send.Sender(stage, above, console.say, known=known)
+        again = f"--resume {names.public(url)} sends the rest" if isinstance(settings, Train) else ""
+        sender = send.Sender(stage, above, console.say, known=known, again=again)
         try:
             if names.rank():
                 yield staged

@@ -257,12 +257,8 @@ class Processes:
             ImgtoolError: What was asked wrongly, as every run would find.
             KeyboardInterrupt: After the states were saved.
         """
-        steps = self.steps
-        with (
-            self._signals(),
-            self.console.progress(steps * (len(self._waiting) + len(self.found)), "train") as bar,
-        ):
-            bar.advance(steps * len(self.found))
+        with self._signals(), self.console.progress(self.total, "train") as bar:
+            bar.advance(self.steps * len(self.found))
             try:
                 self._fill()
                 while self._running:
@@ -271,7 +267,7 @@ class Processes:
                         self._end(name, bar)
                         self._fill()
                     else:
-                        self._hear(name, line, bar)
+                        self.hear(name, line, bar)
             finally:
                 for process in self._running.values():
                     process.kill()
@@ -317,6 +313,11 @@ class Processes:
         return self.settings.steps
 
     @property
+    def total(self) -> int:
+        """Steps of all runs, for the bar."""
+        return self.steps * (len(self._waiting) + len(self.found))
+
+    @property
     def threads(self) -> int:
         """Each run's share of the threads."""
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -347,7 +348,7 @@ class Processes:
                 self._lines.put((name, line.rstrip()))
         self._lines.put((name, None))
 
-    def _hear(self, name: str, line: str, bar: Bar) -> None:
+    def hear(self, name: str, line: str, bar: Bar) -> None:
         """Take a line of a run for its record, or for words."""
         record = _record(line)
         if "step" in record:

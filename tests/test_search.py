@@ -31,7 +31,9 @@ from imgtool.search.board import Board
 from imgtool.search.cost import Cost, Limits, cpu_times
 from imgtool.search.space import Choice, Span
 from imgtool.settings import Train
+from imgtool.settings.sources import make, table
 from imgtool.train import searching
+from imgtool.train.crew import Crew
 
 FILTER = engines.settings("filter").Train
 needs_optuna = pytest.mark.skipif(find_spec("optuna") is None, reason="needs imgtool[search]")
@@ -509,6 +511,26 @@ def test_a_space_that_is_used_up_ends_a_search(
         assert "stopped after 2 candidates: too few are within the limits, or new" in said.err
 
 
+def trained(trial: int, ms: float, score: float) -> dict[str, Any]:
+    return {
+        "trial": trial, "status": "trained", "why": "", "settings": {"drop": 0.1}, "structure": str(trial),
+        "cpu_ms": ms, "mb": 1.0, "measured": True, "parameters": 7, "metric": "psnr", "score": score,
+        "scores": {"psnr": score}, "weights": "", "seconds": 0.0, "point": {},
+    }  # fmt: skip
+
+
+def test_the_front_holds_what_nothing_beats_within_the_limits_of_now(tmp_path: Path) -> None:
+    settings, engine = toy(tmp_path, search=4, max_ms=40), toys()
+    assert engine.search
+    crew = Crew(engine, settings, tmp_path, Console(quiet=True))
+    search = campaign.Search(engine, settings, crew, engine.search(settings))
+    for trial, (ms, score) in enumerate([(10, 20), (20, 20), (30, 25), (50, 99)]):
+        search.board.save(trained(trial, ms, score))  # the last one when the limit was higher
+    record = search.report()
+    assert [each["trial"] for each in record["front"]] == [0, 2]
+    assert record["best"]["trial"] == 2
+
+
 @needs_optuna
 @pytest.mark.slow
 def test_what_is_over_a_limit_is_never_trained(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -533,6 +555,9 @@ def test_what_is_over_a_limit_is_never_trained(tmp_path: Path, capfd: pytest.Cap
     assert costs == sorted(costs)
     assert (tmp_path / "best.toml").read_text().startswith("[train.deblur]")
     assert f"lr = {best['settings']['lr']}" in (tmp_path / "best.toml").read_text()
+    alone = table(tmp_path / "best.toml", "train", "deblur") | {"out": tmp_path / "alone"}
+    assert searched(toys(), make(type(toy(tmp_path)), alone, "best.toml")) == 0
+    assert rows(tmp_path / "alone")[-1]["psnr"] == rows(tmp_path / f"trial-{best['trial']:03}")[-1]["psnr"]
     import optuna
 
     storage = optuna.storages.JournalStorage(

@@ -12,12 +12,13 @@ import re
 import shutil
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 from urllib.parse import quote, unquote
 
@@ -171,8 +172,11 @@ class _Fetch:
             if not listed:
                 raise ImgtoolError(f"there is nothing at {self.url}", "check the name", USAGE)
             self.known = self._before(state, force)
+            chosen = paths.chosen(listed, suffixes)
+            if suffixes and not chosen:
+                raise _none_of(listed, suffixes)
             folds = (self.folder / FOLDER / "LOCK").exists()  # its file system does not tell "a" from "A"
-            wanted, self.faults = paths.fitting(paths.chosen(listed, suffixes), folds)
+            wanted, self.faults = paths.fitting(chosen, folds)
             self.known.single = len(listed) == 1 and shown(self.place.url(listed[0].path)) == self.url
             gone = set(self.known.entries) - {found.path for found in wanted} if mirrored else set()
             state.sweep({found.path for found in wanted})
@@ -313,6 +317,13 @@ class _Fetch:
         if need > free:
             what = f"{self.folder} has {free / 1e6:.1f} MB free, and {need / 1e6:.1f} MB are to be fetched"
             raise Full(what, "free some space or choose another folder with -o")
+
+
+def _none_of(listed: Sequence[Found], suffixes: Sequence[str]) -> ImgtoolError:
+    endings = Counter(PurePosixPath(found.path).suffix or found.path for found in listed)
+    there = ", ".join(ending for ending, _ in endings.most_common(5))
+    what = f"none of {len(listed)} files ends in {' or '.join(suffixes)}"
+    return ImgtoolError(what, f"what is there ends in {there}", USAGE)
 
 
 def _outcome(getter: Getter, task: Task) -> tuple[str, Entry | str | None]:

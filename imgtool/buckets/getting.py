@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from imgtool.buckets import Found, Interrupted, Place
+from imgtool.buckets import Denied, Found, Interrupted, Place
 from imgtool.buckets.etags import Etags, Verdict
 from imgtool.buckets.manifest import Entry, hashes
 from imgtool.buckets.pool import Room
@@ -18,6 +18,9 @@ from imgtool.errors import ImgtoolError
 
 WAITS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 """Seconds between attempts that bring nothing; half of it to all of it, by chance."""
+
+DENIED = 3
+"""Files that may not be read after which, while none could be, the rest is not tried."""
 
 Content = TypeVar("Content", bytes, Path)
 
@@ -44,16 +47,22 @@ class Getter:
         self._place, self._folder, self._state = place, folder, state
         self._room, self._stop = room, stop
         self._etags = Etags()
+        self._denied, self._got = 0, False
 
     def outcome(self, task: Callable[[], Entry | None]) -> Entry | str | None:
-        """Return what a task comes to, a fault in words; raises ``Full`` where no other could do better."""
+        """Return what a task comes to, a fault in words; raises what no other would be spared."""
         try:
-            return task()
+            entry = task()
+            self._got |= entry is not None
+            return entry
         except Full:
             raise
         except Closed:
             return None
         except ImgtoolError as fault:
+            self._denied += isinstance(fault, Denied)
+            if self._denied >= DENIED and not self._got:
+                raise
             return f"{fault.what} ({fault.hint})" if fault.hint else fault.what
         except OSError as fault:
             if fault.errno in _FULL:

@@ -161,6 +161,7 @@ class Sender:
         say: Callable[[str], None],
         every: float = EVERY,
         known: Known | None = None,
+        again: str = "",
     ) -> None:
         """Send nothing yet.
 
@@ -170,6 +171,7 @@ class Sender:
             say: Takes lines for the user.
             every: Seconds between one look at the folder and the next.
             known: What is there already, as ``listed`` tells it.
+            again: What sends the rest of what could not be sent, if not the same command.
 
         Raises:
             ImgtoolError: Code 2: nothing can be written there.
@@ -177,7 +179,7 @@ class Sender:
         writable(url)
         self._folder, self._url, self._say, self._every = folder, url, say, every
         self._known: Known = {} if known is None else known
-        self._said = False
+        self._said, self._again = False, again
         self.unsent = True
         """Whether something is left that did not arrive."""
         self._end = threading.Event()
@@ -201,7 +203,7 @@ class Sender:
         try:
             self._send()
         except ImgtoolError as failure:
-            hint = f"{failure.hint}; everything is in {self._folder}".removeprefix("; ")
+            hint = f"{self._again or failure.hint}; everything is in {self._folder}".removeprefix("; ")
             if kind is not None:
                 self._say(f"{failure.what}; {hint}")
                 return

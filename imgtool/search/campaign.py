@@ -37,7 +37,10 @@ FAILURES = 3
 """Trainings failed in a row, or candidates that could not be measured, with which the search gives up."""
 BEST = "best.toml"
 """Settings of the best trial, for ``--config``."""
-ALONE: Mapping[str, Any] = {"search": 0, "space": None, "sampler": "", "parallel": 1, "runs": 1}
+ALONE: Mapping[str, Any] = {
+    **{"search": 0, "space": None, "sampler": "", "parallel": 1, "runs": 1},
+    **{"max_ms": 0.0, "max_mb": 0.0, "max_parameters": 0},
+}
 """Settings of a trial that are not those of the search."""
 
 

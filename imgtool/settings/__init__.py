@@ -61,7 +61,7 @@ def setting(
             is found out at run time.
         panel: Heading under which help lists it. Those under "Model" shape the network and are
             taken from the checkpoint when one is loaded.
-        short: One-letter flag such as "-o", or another word for the flag.
+        short: One-letter flag such as "-o"; or the word of the flag, where it is not the setting's name.
         argument: True for a positional argument.
         served: Whether a request to a service may give it: of one photo, and none that names a file, a
             device, or memory.
@@ -76,6 +76,12 @@ def declared(info: FieldInfo) -> dict[str, Any]:
     extra = info.json_schema_extra
     usual = {"panel": RUN, "short": "", "argument": False, "served": False}
     return usual | (extra if isinstance(extra, dict) else {})
+
+
+def flag(name: str, info: FieldInfo) -> str:
+    """Return what is typed for a setting that is no argument: "--out"."""
+    short: str = declared(info)["short"]
+    return short if short.startswith("--") else "--" + name.replace("_", "-")
 
 
 def _at_home(value: Any) -> Any:
@@ -152,11 +158,14 @@ class Train(Common):
         "", "Who proposes settings; ax needs imgtool[search-ax] [default: optuna, of awb ax].", panel=SEARCH
     )
     max_ms: float = setting(
-        0.0, "CPU time of a network at most, measured before it is trained, in ms; 0: any.",
-        panel=SEARCH, ge=0,
-    )  # fmt: skip
+        0.0,
+        "CPU time of a network at most, measured before it is trained, in ms, of one thread and one input: a "
+        "picture of 512x512, for awb a frame; 0: any.",
+        panel=SEARCH,
+        ge=0,
+    )
     max_mb: float = setting(
-        0.0, "Memory of the process that runs a network at most, measured, in 10^6 bytes; 0: any.",
+        0.0, "Memory of the process that does so at most, measured, in 10^6 bytes; 0: any.",
         panel=SEARCH, ge=0,
     )  # fmt: skip
     max_parameters: int = setting(0, "Parameters of a network at most; 0: any.", panel=SEARCH, ge=0)

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from imgtool import engines, names
 from imgtool.errors import USAGE, ImgtoolError, did_you_mean
-from imgtool.settings import ACTIONS, VERBS, Settings, declared
+from imgtool.settings import ACTIONS, VERBS, Settings, declared, flag
 
 ENVIRONMENT = {"device": "IMGTOOL_DEVICE", "threads": "IMGTOOL_THREADS"}
 """Settings that the environment may give: only where one runs, never what is done."""
@@ -98,7 +98,7 @@ def _fault(cls: type[Settings], error: Mapping[str, Any], where: str, flags: boo
         return ImgtoolError(f"unknown setting {name} in {where}", did_you_mean(name, cls.model_fields), USAGE)
     shown = name
     if flags:
-        shown = name.upper() if declared(info)["argument"] else "--" + name.replace("_", "-")
+        shown = name.upper() if declared(info)["argument"] else flag(name, info)
     help_text = (info.description or "").partition(" [default:")[0]
     if error["type"] == "missing":
         return ImgtoolError(f"{where} needs {shown}", f"{shown}: {help_text}", USAGE)

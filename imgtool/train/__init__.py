@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from imgtool import compute, dist, names, places, repeat, track
+from imgtool import compute, dist, names, places, repeat, summary, track
 from imgtool.engine import Engine
 from imgtool.errors import DONE, USAGE, ImgtoolError
 from imgtool.settings import Train
@@ -165,14 +165,14 @@ def _run(engine: Engine, settings: Train, console: Console) -> int:
         raise ImgtoolError(
             f"{folder} already holds a run",
             f"go on with it by --resume {folder}, or name another folder by -o",
+            USAGE,
         )
     if settings.search:
         return searching.run(engine, settings, folder, console)
     if engine.campaign is not None and campaign:
         dist.refuse_many("cross-validation")
         record = engine.campaign(settings, Crew(engine, settings, folder, console))
-        lines = [f"{name}: {value}" for name, value in record.items()]
-        console.result(record, "\n".join(lines))
+        console.result(record, "\n".join(summary.lines(record)))
         return DONE
     if settings.runs > 1:
         dist.refuse_many("--runs")

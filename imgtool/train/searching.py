@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +21,10 @@ from imgtool.train.crew import Crew
 from imgtool.train.loop import SETTINGS
 
 if TYPE_CHECKING:
-    from imgtool.console import Console
+    from imgtool.console import Bar, Console
 
+TRIED = ("trained", "failed")
+"""States of trials that were let into training, and have ended."""
 SPACE = "space.toml"
 """The space of a search, in its folder."""
 FREE = repeat.FREE | {"search", "space", "max_ms", "max_mb", "max_parameters"}
@@ -186,7 +189,9 @@ def _corner(each: Mapping[str, Any], metric: str) -> str:
 
 
 class Workers(repeat.Processes):
-    """Processes that search in one folder."""
+    """Processes that search in one folder; the bar counts trials."""
+
+    _tried = 0
 
     def flags(self, name: str, settings: Train) -> dict[str, Any]:
         """Return the flags that let a process join the search."""
@@ -203,7 +208,23 @@ class Workers(repeat.Processes):
     def keep(self, name: str, found: repeat.Found) -> None:
         """Take down nothing: trials are kept by themselves."""
 
+    def hear(self, name: str, line: str, bar: Bar) -> None:
+        """Take a line of a process, and count the trials that have ended."""
+        super().hear(name, line, bar)
+        now = sum(row["status"] in TRIED for row in self._board.rows())
+        bar.advance(now - self._tried)
+        self._tried = now
+
+    @cached_property
+    def _board(self) -> Board:
+        return Board(self.crew.folder)
+
     @property
     def steps(self) -> int:
-        """The bar counts processes."""
-        return 1
+        """Return what the end of a process is for the bar: nothing."""
+        return 0
+
+    @property
+    def total(self) -> int:
+        """Return how many trials there are to be."""
+        return self.settings.search

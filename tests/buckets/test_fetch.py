@@ -20,7 +20,7 @@ import gcs
 import pytest
 from shelf import PHOTOS, Shelf, killed, lies
 
-from imgtool.buckets import Found, getting, manifest
+from imgtool.buckets import Denied, Found, getting, manifest
 from imgtool.buckets import fetch as fetching
 from imgtool.buckets.fetch import action, checked, fetch
 from imgtool.buckets.state import FOLDER, PIECE
@@ -66,6 +66,30 @@ def test_suffixes_choose_in_any_case_and_the_rest_may_come_later(tmp_path: Path)
     assert sorted(lies(tmp_path)) == ["a.jpg", "b/c.JPG", "ü #%.jpg"]
     assert fetch(shelf, tmp_path)["fetched"] == 1
     assert lies(tmp_path) == PHOTOS
+
+
+def test_a_suffix_that_no_file_has_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ImgtoolError, match=r"none of 4 files ends in \.jpeg") as fault:
+        fetch(Shelf(dict(PHOTOS)), tmp_path, suffixes=(".jpeg",))
+    assert fault.value.hint == "what is there ends in .jpg, .JPG, .txt"
+    assert lies(tmp_path) == {}
+
+
+@pytest.mark.parametrize("readable", [(), ("a.jpg",)])
+def test_where_nothing_may_be_read_that_is_said_once(readable: tuple[str, ...], tmp_path: Path) -> None:
+    class Shut(Shelf):
+        def read(self, found: Found, begin: int, end: int) -> bytes:
+            if found.path not in readable:
+                raise Denied(f"no permission to read {found.path}", "sign in")
+            return super().read(found, begin, end)
+
+    if not readable:
+        with pytest.raises(Denied, match="no permission to read") as fault:
+            fetch(Shut(dict(PHOTOS)), tmp_path, jobs=1)
+        assert fault.value.hint == "sign in"
+    else:
+        assert len(fetch(Shut(dict(PHOTOS)), tmp_path, jobs=1)["faults"]) == 3
+    assert sorted(lies(tmp_path)) == [*readable]
 
 
 def test_a_file_of_the_user_is_not_overwritten_without_force(tmp_path: Path) -> None:
@@ -190,6 +214,17 @@ def test_a_disk_too_small_for_all_is_told_before_anything_is_fetched(
     assert shelf.asked == []
 
 
+def test_a_fetch_removes_nothing_here(tmp_path: Path) -> None:
+    shelf = Shelf(dict(PHOTOS))
+    fetch(shelf, tmp_path)
+    del shelf.files["a.jpg"]
+    assert fetch(shelf, tmp_path, suffixes=(".JPG",))["faults"] == []
+    assert lies(tmp_path) == PHOTOS
+    known = manifest.read(tmp_path)
+    assert known
+    assert known.entries.keys() == PHOTOS.keys()
+
+
 def test_check_tells_what_is_missing_cut_or_changed_without_the_place(tmp_path: Path) -> None:
     shelf = Shelf({"a": b"123", "b": b"456", "c": b"789", "d": b"0"})
     fetch(shelf, tmp_path)
@@ -240,6 +275,24 @@ def test_a_large_file_that_changed_meanwhile_begins_anew(tmp_path: Path) -> None
     shelf.read, shelf.tags = before, {"big": "other"}  # type: ignore[method-assign]
     assert fetch(shelf, tmp_path)["faults"] == []
     assert (tmp_path / "big").read_bytes() == shelf.files["big"]
+
+
+def test_a_large_file_that_was_damaged_on_its_way_is_fetched_once_more(tmp_path: Path) -> None:
+    shelf = Shelf({"a": os.urandom(2 * PIECE + 1)})
+    shelf.damaged = [bytes(PIECE)]
+    assert fetch(shelf, tmp_path, jobs=1)["faults"] == []
+    assert lies(tmp_path) == shelf.files
+
+
+def test_a_file_is_noted_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shelf, replace = Shelf({"a": b"1"}, digests=False), os.replace
+    with monkeypatch.context() as dying:
+        dying.setattr(os, "replace", lambda a, b: os._exit(9) if b == tmp_path / "a" else replace(a, b))
+        killed(lambda: fetch(shelf, tmp_path))
+    log = tmp_path / FOLDER / "finished.jsonl"
+    assert [json.loads(line)["path"] for line in log.read_text().splitlines()] == ["a"]
+    assert fetch(shelf, tmp_path)["faults"] == []
+    assert lies(tmp_path) == shelf.files
 
 
 def test_a_second_process_waits_and_finds_all_there(tmp_path: Path) -> None:

@@ -112,6 +112,14 @@ def test_a_listing_of_many_pages_is_whole(bucket: gcs.Bucket, monkeypatch: pytes
     assert bucket.listings == 4
 
 
+def test_a_listing_that_obstore_gives_in_parts_is_whole() -> None:
+    place = stores.open("gs://bucket/p")
+    row = {"size": 1, "e_tag": None, "last_modified": datetime(2026, 1, 1)}
+    parts = [[row | {"path": f"p/{part}-{number}"} for number in range(2)] for part in range(3)]
+    place.__dict__["_patient"] = SimpleNamespace(list=lambda *_, **__: iter(parts))
+    assert [found.path for found in place.list()] == ["0-0", "0-1", "1-0", "1-1", "2-0", "2-1"]
+
+
 def test_what_is_written_is_there(bucket: gcs.Bucket, tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(b"one")
     place = buckets.open("gs://bucket/out")
@@ -237,6 +245,14 @@ def test_a_line_that_is_cut_tells_what_had_come_and_fetching_asks_for_the_rest_a
     begin = int(rest.removeprefix("bytes=").removesuffix("-399999"))
     assert whole == ""
     assert 200_000 < begin <= 300_000
+
+
+def test_less_than_was_asked_for_is_an_interruption(monkeypatch: pytest.MonkeyPatch) -> None:
+    place = stores.open("gs://bucket/p")
+    monkeypatch.setattr(place, "_get", lambda found, options: b"12")
+    for begin, end in ((0, 3), (4, 7)):
+        with pytest.raises(Interrupted, match="sent 2 bytes of 3"):
+            place.read(Found("a.jpg", 3), begin, end)
 
 
 def test_a_busy_server_is_asked_again(bucket: gcs.Bucket, tmp_path: Path) -> None:

@@ -282,6 +282,15 @@ def test_a_photo_is_fetched_once_more_where_its_hash_is_wrong(shelf: type[Shelf]
     transit.close()
 
 
+def test_a_photo_of_another_size_than_was_listed_is_refused(transit: Transit, shelf: type[Shelf]) -> None:
+    item = _items(transit)[1]
+    shelf.spoilt = [b"2"]
+    with pytest.raises(ImgtoolError, match=r"in/b\.JPG has changed since it was listed"):
+        transit.bring(item)
+    assert item.source
+    assert not item.source.exists()
+
+
 def test_an_etag_that_is_no_md5_is_doubted_aloud(shelf: type[Shelf], monkeypatch: pytest.MonkeyPatch) -> None:
     shelf.files = {f"s3://b/set/{n}.jpg": b"x" for n in range(6)}
     shelf.told = (("etag-md5", "0" * 32),)
@@ -720,11 +729,11 @@ def test_a_sender_outlives_files_that_vanish_and_disks_that_fail(
     faults.append(PermissionError(13, "Permission denied"))
     with (
         pytest.raises(ImgtoolError, match="permission denied") as fault,
-        send.Sender(run, "s3://b/x", said.append) as sender,
+        send.Sender(run, "s3://b/x", said.append, again="--resume s3://b/x sends the rest") as sender,
     ):
         pass
     assert sender.unsent
-    assert str(run) in fault.value.hint
+    assert fault.value.hint == f"--resume s3://b/x sends the rest; everything is in {run}"
 
 
 def test_who_stops_twice_waits_for_no_folder(

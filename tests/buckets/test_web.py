@@ -191,6 +191,14 @@ def test_a_broken_connection_and_a_busy_server_are_interruptions(web: hub.Server
     assert place.whole(Found("ü.jpg")) == b"three"
 
 
+def test_less_than_was_asked_for_is_an_interruption(web: hub.Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client.Reply, "read", lambda reply, most=None: b"on")
+    place = buckets.open(f"{web.url}/set/")
+    for begin, end in ((0, 3), (3, 6)):
+        with pytest.raises(Interrupted, match="sent 2 bytes of 3"):
+            place.read(Found("a b.jpg"), begin, end)
+
+
 def test_nothing_is_taken_of_another_range_than_was_asked_for(web: hub.Server) -> None:
     place = buckets.open(f"{web.url}/set/")
     web.wrong["/set/a b.jpg"] = ["other"]
