@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from test_train import DEEP, PHASES
 from torch import Tensor, nn
 from toy import TOY, rows, state, timeless, toy
 
-from imgtool import cli, dist, engines, plots, sheets, train
+from imgtool import cli, dist, engines, plots, sheets, track, train
 from imgtool.console import Console
 from imgtool.dist import World
 from imgtool.errors import DONE, FAILED, INTERRUPTED, USAGE, ImgtoolError
@@ -89,6 +90,37 @@ def test_processes_of_a_machine_share_its_cores_and_not_a_device(monkeypatch: py
     with pytest.raises(ImgtoolError, match="2 processes for 1 GPUs") as caught:
         dist.device("auto")
     assert caught.value.code == USAGE
+
+
+def test_each_process_of_a_machine_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[int] = []
+    monkeypatch.setattr(dist, "_world", World(3, 4, local=1, beside=2))
+    monkeypatch.setattr(dist.compute, "device", torch.device)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert dist.device("auto") == dist.device("cuda") == torch.device("cuda:1")
+    assert chosen == [1, 1]
+
+
+def test_a_batch_has_a_sample_for_each_process() -> None:
+    assert train.loop._checked(STAGES, 3, 3) == STAGES
+    with pytest.raises(ImgtoolError, match="a batch of 3 has no sample for each of 4 processes") as caught:
+        train.loop._checked(STAGES, 3, 4)
+    assert caught.value.code == USAGE
+
+
+def test_one_process_alone_writes_and_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(track, "begin", lambda *_: nullcontext("a tracker"))
+    loop = train.Loop(TOY, toy(tmp_path), tmp_path / "run", Console(quiet=True))
+    loop.world = World(1, 2)
+    loop._save()
+    loop._keep({})
+    loop._write_log([])
+    loop._write_settings()
+    with loop._tracked() as tracker:
+        assert isinstance(tracker, track.Silent)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_plan_is_told_by_the_first_alone(

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tomli
 
-from imgtool import cli, names, places
+from imgtool import buckets, cli, names, places
+from imgtool.console import Console
 from imgtool.engines.deblur.settings import Infer, Train
-from imgtool.errors import DONE, USAGE
+from imgtool.errors import DONE, USAGE, ImgtoolError
 from imgtool.settings import Fetch
 from imgtool.settings.sources import make, to_toml
 from imgtool.train import portable
@@ -153,6 +156,37 @@ with places._alone(Path({str(tmp_path)!r})) as free:
             assert free
 
 
+class Refusing:
+    """A place that holds nothing and takes nothing."""
+
+    def __init__(self, url: str) -> None: ...
+
+    def list(self) -> list[Any]:
+        return []
+
+    def write(self, source: Path, path: str) -> None:
+        raise buckets.Denied("no permission to write", "ask who owns the bucket")
+
+
+def test_what_could_not_be_sent_stays_on_this_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("IMGTOOL_CACHE", str(tmp_path))
+    monkeypatch.setattr(buckets, "open", Refusing)
+    settings = Train(photos=(tmp_path,), out=Path("s3://b/runs/a"))
+
+    def work() -> None:
+        with places.local(settings, Console(quiet=True)) as here:
+            Path(here.out).mkdir()
+            Path(here.out, "last.pt").write_bytes(b"a state")
+
+    with pytest.raises(ImgtoolError, match="no permission to write") as caught:
+        work()
+    (left,) = tmp_path.glob("outgoing/*/a/last.pt")
+    assert left.read_bytes() == b"a state"
+    assert str(left.parent.parent) in caught.value.hint
+
+
 # --- with a server --------------------------------------------------------------------------------
 
 
@@ -225,6 +259,34 @@ def test_a_training_reads_from_a_bucket_and_writes_into_it(bucket: dict[str, str
     taken = run(bucket, tmp_path / "four", *words, *TRAIN)
     assert taken.returncode == USAGE
     assert "error: s3://work/runs/a is not empty\nhint: go on with what is there by --resume" in taken.stderr
+
+
+@pytest.mark.slow
+def test_where_something_lies_all_processes_end_with_one_error(
+    bucket: dict[str, str], tmp_path: Path
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    words = ["train", "filter", "--photos", "s3://work/photos", "-o", "s3://work/photos", *TRAIN]
+    given = os.environ | bucket | meeting | {"IMGTOOL_CACHE": str(tmp_path), "WORLD_SIZE": "2"}
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-m", "imgtool", *words],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+            env=given | {"RANK": rank, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": "2"},
+        )
+        for rank in "01"
+    ]  # fmt: skip
+    try:
+        told = "".join(each.communicate(timeout=60)[1] for each in both)
+    finally:
+        for each in both:
+            with each:
+                each.kill()
+    assert [each.returncode for each in both] == [USAGE, USAGE], told
+    assert told.count("error: ") == told.count("error: s3://work/photos is not empty") == 1
+    assert not list(tmp_path.glob("outgoing/*/photos"))
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -336,6 +337,14 @@ def test_two_photos_that_kill_at_the_end() -> None:
     assert sorted(ledger.wrong) == ["04.png", "05.png"]
 
 
+def test_what_a_worker_says_of_a_photo_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    staff, ledger = Staff(), Ledger()
+    reply = staff.reply
+    monkeypatch.setattr(staff, "reply", lambda *each: replace(reply(*each), words=[("warn", "odd")]))
+    Dealer(staff, ledger, 1).run(orders(2))
+    assert ledger.said == ["odd", "odd"]
+
+
 def test_a_failure_stops_dealing_where_that_is_asked_for() -> None:
     staff, ledger = Staff(bad=["01.png"]), Ledger()
     Dealer(staff, ledger, 1, fail_fast=True).run(orders(20))
@@ -483,6 +492,21 @@ def test_a_part_without_photos(capfd: pytest.CaptureFixture[str]) -> None:
     assert not Path("out").exists()
 
 
+def test_what_had_begun_and_not_ended_is_done_again() -> None:
+    put("in/x.png")
+    Path("in/bad.png").write_bytes(b"no photo")
+    words, path = [*WORDS, "-o", "out", "--shard", "0/1"], "out/infer-manifest-0-of-1.jsonl"
+    assert cli.run(words) == 1
+    whole = content("out")
+    assert last(path) == {"in/x.png": "done", "in/bad.png": "failed"}
+    Path("out/x.png").write_bytes(b"half")
+    with Path(path).open("a") as file:  # as a process that was killed leaves it
+        file.write(json.dumps({"input": "in/x.png", "status": "begun", "engine": "filter"}) + "\n")
+    assert cli.run([*words, "--skip-existing"]) == 1
+    assert content("out") == whole
+    assert last(path) == {"in/x.png": "done", "in/bad.png": "failed"}
+
+
 def test_rows_are_those_of_the_engine(tmp_path: Path) -> None:
     put("in/a.png", 64, 64)
     put("in/b.png", 64, 64)
@@ -494,6 +518,42 @@ def test_rows_are_those_of_the_engine(tmp_path: Path) -> None:
     assert "k1" in header
     assert "gain" not in header
     assert [row.split(",")[0] for row in rows] == ["b.png"]
+
+
+class Hired(Staff):
+    """A worker of this process, which does what those of others do."""
+
+    def __init__(self, batch: Any) -> None:
+        super().__init__()
+        self.worker = Worker(Brief(batch.engine.name, batch.settings, batch.work.total, os.getcwd()))
+        assert not self.worker.start()[0].fault
+
+    def reply(self, hand: Hand, dealt: Dealt) -> Reply:
+        (reply,) = self.worker.do([dealt], 1)
+        return reply
+
+
+def test_a_table_has_the_rows_of_what_workers_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    for n in range(2):
+        put(f"in/{n}.png", 60 + n, 64)
+    words = ["infer", "lens", "in", "--device", "cpu", "--threads", "1"]
+    assert cli.run([*words, "-o", "plain"]) == 0
+    monkeypatch.setattr("imgtool.runner._pool", lambda books, *_: (Hired(books.batch), 1, 1))
+    assert cli.run([*words, "-o", "out", "--runner", "processes"]) == 0
+    assert content("out") == content("plain")
+    assert len(Path("out/coefficients.csv").read_text().splitlines()) == 1 + 2
+
+
+@pytest.mark.parametrize(("words", "most"), [(["--fail-fast"], 2), ([], 9)])
+def test_after_a_failure_no_photo_is_begun_where_that_is_asked_for(
+    words: list[str], most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for n in range(9):
+        put(f"in/{n}.png")
+    staff = Staff(bad=[f"{n}.png" for n in range(9)])
+    monkeypatch.setattr("imgtool.runner._pool", lambda *_: (staff, 1, 1))
+    assert cli.run([*WORDS, "-o", "out", "--runner", "processes", *words]) == 1
+    assert list(last().values()).count("failed") == most  # of two calls at the worker, one waited
 
 
 def test_a_fatal_fault_is_the_last_one(

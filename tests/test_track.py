@@ -17,6 +17,7 @@ import urllib.request
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -178,9 +179,10 @@ def clients(monkeypatch: pytest.MonkeyPatch) -> list[Client]:
         made.append(Client(place))
         return made[-1]
 
+    entities = dict.fromkeys(("Metric", "Param", "RunTag"), lambda *each: each)
     modules = {
         "mlflow.tracking": SimpleNamespace(MlflowClient=client),
-        "mlflow.entities": SimpleNamespace(Param=lambda *each: each, RunTag=lambda *each: each),
+        "mlflow.entities": SimpleNamespace(**entities),
     }
     real = importlib.import_module
     monkeypatch.setattr(importlib, "import_module", lambda name: modules.get(name) or real(name))
@@ -208,6 +210,31 @@ def test_a_password_of_the_environment_is_used_and_kept_nowhere(
     monkeypatch.setitem(os.environ, "MLFLOW_TRACKING_URI", "http://me:SECRET@other")
     mlflow.open_sink(about(folder, before))
     assert clients[-1].place == "http://host:5000"
+
+
+@pytest.mark.parametrize(("status", "told"), [("failed", "FAILED"), ("killed", "KILLED")])
+def test_mlflow_is_told_how_a_run_ended(
+    status: Any, told: str, clients: list[Client], tmp_path: Path
+) -> None:
+    mlflow.open_sink(about(tmp_path / "run")).close(status)
+    assert clients[-1].ended == told
+
+
+def test_mlflow_is_told_all_in_requests_that_it_takes(
+    clients: list[Client], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[Mapping[str, list[Any]]] = []
+    monkeypatch.setattr(Client, "log_batch", lambda *_, **batch: sent.append(batch), raising=False)
+    many = {f"setting {n}": str(n) for n in range(250)}
+    sink = mlflow.open_sink(dataclasses.replace(about(tmp_path / "run"), parameters=many))
+    assert [len(each["params"]) for each in sent] == [100, 100, 50]
+    assert dict(chain(*(each["params"] for each in sent))) == many
+    sent.clear()
+    sink.numbers([Row(step, 1.5, {f"term {n}": float(n) for n in range(7)}) for step in range(300)])
+    assert [len(each["metrics"]) for each in sent] == [1000, 1000, 100]
+    assert list(chain(*(each["metrics"] for each in sent))) == [
+        (f"term {n}", float(n), 1500, step) for step in range(300) for n in range(7)
+    ]
 
 
 def test_requests_end_soon_unless_the_user_wants_otherwise(
@@ -349,6 +376,15 @@ def test_the_commit_is_told_and_whether_files_differ(tmp_path: Path, monkeypatch
     assert facts.commit(tmp_path) == {facts.COMMIT: commit, facts.DIRTY: "false"}
     (tmp_path / "file").write_text("2")
     assert facts.commit(tmp_path) == {facts.COMMIT: commit, facts.DIRTY: "true"}
+
+
+def test_a_run_is_told_the_commit_that_it_was_begun_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = {facts.COMMIT: "c0ffee", facts.DIRTY: "true"}
+    monkeypatch.setattr(facts, "commit", lambda folder: there if folder == tmp_path else {})
+    told = recorder.about(TOY, toy(tmp_path / "run", track="mlflow"), tmp_path / "run")
+    assert {name: told.facts.get(name) for name in there} == there
 
 
 def test_the_size_of_a_picture_is_read_off_its_header() -> None:
@@ -726,6 +762,14 @@ def test_a_record_that_is_a_new_one_is_told_all(tmp_path: Path) -> None:
     told.step(1, {"loss": 1.0})
     told.end("finished")
     assert sink.said == [[(1, {"train/loss": 1.0})], "finished"]
+
+
+def test_a_run_that_is_recorded_elsewhere_now_is_told_all(tmp_path: Path) -> None:
+    memory = {"mlflow": {"run": "1", "to": "sqlite:///a.db", "step": 5, "given": "sqlite:///a.db"}}
+    (tmp_path / "track.json").write_text(json.dumps(memory))
+    for place, before in (("sqlite:///a.db", memory["mlflow"]), ("sqlite:///b.db", {})):
+        settings = toy(tmp_path, track="mlflow", track_to=place).changed(resume=tmp_path)
+        assert recorder.about(TOY, settings, tmp_path).before == before
 
 
 @pytest.mark.parametrize(
