@@ -37,11 +37,8 @@ FAILURES = 3
 """Trainings failed in a row, or candidates that could not be measured, with which the search gives up."""
 BEST = "best.toml"
 """Settings of the best trial, for ``--config``."""
-ALONE: Mapping[str, Any] = {
-    **{"search": 0, "space": None, "sampler": "", "parallel": 1, "runs": 1},
-    **{"max_ms": 0.0, "max_mb": 0.0, "max_parameters": 0},
-}
-"""Settings of a trial that are not those of the search."""
+ALONE = ("search", "space", "sampler", "parallel", "runs", "max_ms", "max_mb", "max_parameters")
+"""Settings that a trial does not have from the search."""
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -321,8 +318,10 @@ class Search:
 
     def _trial(self, row: Row) -> Train:
         """Return the settings of a training."""
-        given = {**ALONE, **self.task.fixed, **row["settings"]}
-        return make(type(self.settings), self.settings.model_dump() | given, _name(row))
+        cls = type(self.settings)
+        alone = {name: cls.model_fields[name].default for name in ALONE}
+        given = {**self.settings.model_dump(), **alone, **self.task.fixed, **row["settings"]}
+        return make(cls, given, _name(row))
 
     # --- all of them ---
 
