@@ -37,9 +37,10 @@ PLAIN = Bench()
 LIGHT = np.array([0.55, 1.0, 0.70])
 
 
-@pytest.fixture(autouse=True)
-def _without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "torch", raising=False)  # other tests import it, and then nothing forks
+@pytest.fixture
+def forking(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fork decodes, as in a process without torch: of all tests together that is a large one, and slow."""
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
 
 
 def angle(found: Array, expected: Array) -> float:
@@ -74,6 +75,7 @@ def refused(path: Path, sources: Any = PLAIN) -> ImgtoolError:
 # Camera RAW.
 
 
+@pytest.mark.usefixtures("forking")
 @pytest.mark.parametrize("pattern", dng.PATTERNS)
 @pytest.mark.parametrize("margin", [(0, 0), (1, 1)])
 def test_a_grey_card_shows_the_light(tmp_path: Path, pattern: str, margin: tuple[int, int]) -> None:
@@ -205,6 +207,7 @@ CRASHES = {
 }
 
 
+@pytest.mark.usefixtures("forking")
 @pytest.mark.parametrize("crash", CRASHES.values(), ids=CRASHES)
 def test_a_crash_of_the_decoder_is_an_error(
     tmp_path: Path, crash: Any, monkeypatch: pytest.MonkeyPatch
@@ -215,6 +218,7 @@ def test_a_crash_of_the_decoder_is_an_error(
     assert fault.what == f"cannot decode {path}: decoding crashed"
 
 
+@pytest.mark.usefixtures("forking")
 def test_a_decoder_that_does_not_end_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     children: list[int] = []
     fork = os.fork
