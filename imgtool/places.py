@@ -23,7 +23,11 @@ if TYPE_CHECKING:
 WRITTEN = ("out", "report", "zip")
 """Settings that name what is written; all others name what is read."""
 
-OWN: Mapping[type[Settings], set[str]] = {Infer: {"inputs", "out"}, Fetch: {"url"}, Train: {"track_to"}}
+OWN: Mapping[type[Settings], set[str]] = {
+    Infer: {"inputs", "out"},
+    Fetch: {"url"},
+    Train: {"track_to", "stream"},
+}
 """Settings that the verb itself goes to."""
 LOCK, UNSENT = ".lock", ".unsent"
 RUN = ("settings.toml", "last.pt")

@@ -6,7 +6,6 @@ import glob
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from functools import partial
 from pathlib import Path
 from urllib.parse import quote, unquote
 
@@ -118,8 +117,8 @@ def photos(found: Sequence[Photo], url: str, pattern: str, suffixes: Collection[
     if not found:
         raise ImgtoolError(f"there is nothing at {names.public(url)}", "check the address", USAGE)
     if pattern:
-        matches = partial(_matches, pattern=pattern.split("/"))
-        found = [item for item in found if item.found.fault or matches(item.relative.parts)]
+        wanted = pattern.split("/")
+        found = [item for item in found if item.found.fault or matches(item.relative.parts, wanted)]
         what = f"no photo matches {names.public(url)}"
     else:
         what = f"no photo in the folder {names.public(url)}"
@@ -135,15 +134,15 @@ def photos(found: Sequence[Photo], url: str, pattern: str, suffixes: Collection[
     return sorted(photos, key=lambda item: item.relative.parts)
 
 
-def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+def matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
     """Tell whether a path matches a pattern, part by part; ``**`` stands for any number of parts.
 
-    >>> _matches(["a", "b", "x.jpg"], ["**", "*.jpg"]), _matches(["a", "x.jpg"], ["*.jpg"])
+    >>> matches(["a", "b", "x.jpg"], ["**", "*.jpg"]), matches(["a", "x.jpg"], ["*.jpg"])
     (True, False)
     """
     if not pattern:
         return not parts
     if pattern[0] == "**":
         rest = pattern[1:]
-        return any(_matches(parts[n:], rest) for n in range(len(parts) + 1)) or not rest
-    return bool(parts) and fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
+        return any(matches(parts[n:], rest) for n in range(len(parts) + 1)) or not rest
+    return bool(parts) and fnmatchcase(parts[0], pattern[0]) and matches(parts[1:], pattern[1:])

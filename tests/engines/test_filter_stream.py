@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import io
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -21,8 +22,9 @@ import cv2
 import numpy as np
 import pytest
 
-from imgtool import images
-from imgtool.engines.filter import data, stream, symmetry
+from imgtool import buckets, images
+from imgtool.buckets import Found, spool
+from imgtool.engines.filter import data, shards, stream, symmetry
 from imgtool.engines.filter.settings import Train
 from imgtool.engines.filter.stream import Buffer, Limits, Place
 from imgtool.errors import ImgtoolError
@@ -289,14 +291,14 @@ def test_words_for_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     for name in ("a/1.tar", "a/b/2.tar", "p/1.parquet", "p/readme.txt"):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).touch()
-    assert stream.shards("a") == ["a/1.tar", "a/b/2.tar"]
-    assert stream.shards("a/1.tar") == ["a/1.tar"]
-    assert stream.shards("p/*.parquet") == ["p/1.parquet"]
-    assert stream.shards("https://x.org/a-{008..010}.tar?k=v.w") == [
+    assert shards.listed("a") == ["a/1.tar", "a/b/2.tar"]
+    assert shards.listed("a/1.tar") == ["a/1.tar"]
+    assert shards.listed("p/*.parquet") == ["p/1.parquet"]
+    assert shards.listed("https://x.org/a-{008..010}.tar?k=v.w") == [
         f"https://x.org/a-{number}.tar?k=v.w" for number in ("008", "009", "010")
     ]
-    assert stream.shards("imagenet-1k") == []
-    assert stream.shards("someone/pictures:small") == []
+    assert shards.listed("imagenet-1k") == []
+    assert shards.listed("someone/pictures:small") == []
 
 
 @pytest.mark.parametrize(
@@ -307,7 +309,7 @@ def test_words_for_no_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wo
     for name in ("1.tar", "2.parquet", "file.txt"):
         Path(name).touch()
     with pytest.raises(ImgtoolError) as fault:
-        stream.shards(words)
+        shards.listed(words)
     assert (fault.value.code, bool(fault.value.hint)) == (2, True)
 
 
@@ -519,6 +521,100 @@ def imgtool(folder: Path, *words: str) -> subprocess.Popen[str]:
         [sys.executable, "-W", "error", "-m", "imgtool", *words],
         cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
+
+
+def test_shards_in_buckets_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Bucket:
+        def __init__(self, url: str) -> None:
+            self.base = url.rstrip("/")
+
+        def list(self) -> list[Found]:
+            return [Found(path) for path in ("b/2.tar", "a/1.tar", "a/notes.txt", "c.parquet")]
+
+        def url(self, path: str) -> str:
+            return f"{self.base}/{path}"
+
+    monkeypatch.setattr(buckets, "open", Bucket)
+    assert shards.listed("s3://x/set/*/*.tar") == ["s3://x/set/a/1.tar", "s3://x/set/b/2.tar"]
+    assert shards.listed("gs://x/{1..2}/*/*.tar")[:2] == ["gs://x/1/a/1.tar", "gs://x/1/b/2.tar"]
+    for words in ("s3://x/set", "hf://datasets/u/n/*.tar"):  # of two kinds, and none
+        with pytest.raises(ImgtoolError) as fault:
+            shards.listed(words)
+        assert fault.value.code == 2
+
+
+@pytest.fixture
+def bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], str]]:
+    """A real server of S3, and what puts files into a bucket of it and tells its URL."""
+    pytest.importorskip("obstore")
+    boto3 = pytest.importorskip("boto3")
+    server = pytest.importorskip("moto.server").ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server.start()
+    host, port = server.get_host_and_port()
+    told = {"ENDPOINT_URL": f"http://{host}:{port}", "ACCESS_KEY_ID": "me", "SECRET_ACCESS_KEY": "secret"}
+    for name, value in told.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    monkeypatch.setenv("IMGTOOL_CACHE", str(tmp_path / "cache"))
+    client = boto3.client("s3", region_name="us-east-1")
+
+    def put(folder: Path) -> str:
+        name = f"set{os.urandom(6).hex()}"  # servers of one process share their buckets
+        client.create_bucket(Bucket=name)
+        for path in folder.iterdir():
+            client.put_object(Bucket=name, Key=f"shards/{path.name}", Body=path.read_bytes())
+        return f"s3://{name}"
+
+    yield put
+    server.stop()
+
+
+@pytest.mark.slow
+def test_shards_in_a_bucket_come_one_after_the_other(
+    tmp_path: Path, bucket: Callable[[Path], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(3):
+        path = tmp_path / "in" / f"{number}.tar"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"%d" % number * 100)
+    url = bucket(tmp_path / "in")
+    cache, moved = tmp_path / "cache" / "streams", []
+    old = spool.make(cache / "old", {})  # of a process that was killed
+    os.close(old)
+    urls = [f"{url}/shards/{number}.tar" for number in (2, 0, 1)]
+    for number, (path,) in zip((2, 0, 1), shards.arriving(urls, lambda: moved.append(1)), strict=True):
+        assert Path(path).read_bytes() == b"%d" % number * 100
+        assert len(list(cache.iterdir())) == 1
+        assert len(list(cache.rglob("*.tar"))) <= 2
+    assert moved
+    assert not list(cache.iterdir())
+    coming = shards.arriving([urls[1], f"{url}/gone.tar"], lambda: None)
+    next(coming)
+    with pytest.raises(ImgtoolError, match=r"/gone\.tar failed: there is nothing at"):
+        next(coming)
+    coming = shards.arriving(urls[:2], lambda: None)
+    next(coming)
+    coming.close()  # and nothing is left of it
+    assert not list(cache.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_stream_from_a_bucket_trains(tmp_path: Path, bucket: Callable[[Path], str], workers: int) -> None:
+    put_tar(tmp_path / "shards")
+    url = bucket(tmp_path / "shards")
+    run = imgtool(
+        tmp_path, "train", "filter", "--stream", f"{url}/shards/*.tar", "--target", "sobel_3",
+        "--crop", "16", "--held-out", "3", "--batch", "4", "--steps", "40", "--epoch-steps", "20",
+        "--buffer-min", "4", "--buffer-max", "6", "--workers", str(workers), "--device", "cpu",
+        "--threads", "1", "-o", "run",
+    )  # fmt: skip
+    _, err = run.communicate(timeout=400)
+    assert run.returncode == 0, err
+    assert f'stream = "{url}/shards/*.tar"' in (tmp_path / "run" / "settings.toml").read_text()
+    assert not list((tmp_path / "cache" / "buckets").glob("**/*.tar"))
+    assert workers or not list((tmp_path / "cache" / "streams").iterdir())
 
 
 @pytest.mark.slow

@@ -10,10 +10,8 @@ in another order.
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import logging
-import os
 import re
 import tempfile
 import threading
@@ -23,13 +21,13 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from itertools import count, islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from imgtool import images
+from imgtool.engines.filter import shards
 from imgtool.errors import USAGE, ImgtoolError
 
 if TYPE_CHECKING:
@@ -43,8 +41,8 @@ UNREADABLE = 20
 """Pictures one after another that cannot be read before that is the stream's fault."""
 CLOSING = 5.0
 """Seconds that a thread is waited for when its buffer is closed: it may be reading."""
-KINDS = {".parquet": "parquet", ".tar": "webdataset"}
-"""Suffix of a shard to what the library calls it."""
+
+_filling = threading.local()
 
 
 class Item(Protocol):
@@ -111,6 +109,7 @@ class _State(Generic[Held]):
 
     def fill(self, items: Callable[[], Iterator[Held]]) -> None:
         """Read items until they end, one fails, or the buffer is closed: what the thread does."""
+        _filling.state = self
         try:
             self.asked = time.monotonic()
             for item in items():
@@ -229,58 +228,22 @@ class Place:
 
     Attributes:
         text: Name of a Hugging Face data set, with its configuration as in name:configuration; or shards,
-            see ``shards``.
+            see ``shards.listed``.
         split: The part of a data set.
         column: The column of the pictures, "" for the first that holds any.
+        shards: The shards, where they are known already.
     """
 
     text: str
     split: str = "train"
     column: str = ""
+    shards: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, settings: Stream) -> Place:
-        """Return the place that settings name."""
-        return cls(settings.stream, settings.stream_split, settings.stream_column)
-
-
-def shards(text: str) -> list[str]:
-    """List the shards that words stand for, [] where they are the name of a data set.
-
-    A file, a folder or a glob of ``.parquet`` or ``.tar`` (WebDataset); or their URL, in which ``{000..012}``
-    stands for each number. Of a URL's suffix, what follows a ``?`` is no part.
-
-    Raises:
-        ImgtoolError: Code 2: no such file, nothing in a folder, or shards of both kinds.
-    """
-    if "://" in text:
-        found = _numbered(text)
-    elif Path(text).is_dir():
-        found = sorted(str(path) for path in Path(text).rglob("*") if path.suffix.lower() in KINDS)
-    elif os.path.exists(text):
-        found = [text]
-    elif glob.has_magic(text) or Path(text).suffix.lower() in KINDS or text.startswith((".", "/", "~")):
-        found = sorted(glob.glob(os.path.expanduser(text), recursive=True))
-    else:
-        return []
-    if not found:
-        raise ImgtoolError(f"no shards at {text}", "they end in .parquet or .tar", USAGE)
-    if len({_suffix(each) for each in found}) > 1 or _suffix(found[0]) not in KINDS:
-        raise ImgtoolError(f"{text} are no shards of one kind", "they all end in .parquet, or in .tar", USAGE)
-    return found
-
-
-def _suffix(shard: str) -> str:
-    return Path(shard.partition("?")[0] if "://" in shard else shard).suffix.lower()
-
-
-def _numbered(text: str) -> list[str]:
-    found = re.search(r"\{(\d+)\.\.(\d+)\}", text)
-    if not found:
-        return [text]
-    first, last = found.groups()
-    numbers = range(int(first), int(last) + 1)
-    return [f"{text[: found.start()]}{each:0{len(first)}d}{text[found.end() :]}" for each in numbers]
+        """Return the place that settings name, its shards listed: a fork cannot ask for them."""
+        found = tuple(shards.listed(settings.stream))
+        return cls(settings.stream, settings.stream_split, settings.stream_column, found)
 
 
 def once(place: Place, seed: int | None = None, apart: Collection[bytes] = ()) -> Iterator[Picture]:
@@ -340,15 +303,26 @@ def endless(place: Place, seed: int, apart: Collection[bytes] = ()) -> Iterator[
 
 def encoded(place: Place, seed: int | None = None) -> Iterator[tuple[str, bytes]]:
     """Yield the pictures of a stream as they are stored, each with its name; see ``once``."""
-    found = shards(place.text)
+    found = [*place.shards] or shards.listed(place.text)
+    if seed is not None:
+        found = [found[number] for number in np.random.default_rng(seed).permutation(len(found))]
+    numbers = count()
     try:
-        rows, column = _rows(place, found, seed)
-        for number, batch in enumerate(rows.iter(batch_size=1)):  # which is not dealt out to worker processes
-            yield _stored(batch[column][0], number)
+        for here in shards.arriving(found, _moved):
+            rows, column = _rows(place, here, seed)
+            for batch in rows.iter(batch_size=1):  # which is not dealt out to worker processes
+                yield _stored(batch[column][0], next(numbers))
     except ImgtoolError:
         raise
     except Exception as fault:  # noqa: BLE001 - the library hands on what each of its own raises
         raise _explained(place, fault, bool(found)) from None
+
+
+def _moved() -> None:
+    """Have the buffer that this thread fills wait on."""
+    state = getattr(_filling, "state", None)
+    if state is not None:
+        state.asked = time.monotonic()
 
 
 def _library() -> Any:
@@ -371,10 +345,9 @@ def _rows(place: Place, found: list[str], seed: int | None) -> tuple[Any, str]:
     """Return the rows of a stream, which hold one column, and its name."""
     datasets = _library()
     if found:
-        order = range(len(found)) if seed is None else np.random.default_rng(seed).permutation(len(found))
         what: dict[str, Any] = {
-            "path": KINDS[_suffix(found[0])],
-            "data_files": [found[number] for number in order],
+            "path": shards.KINDS[shards.suffix(found[0])],
+            "data_files": found,
             "split": "train",
         }
     else:
