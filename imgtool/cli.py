@@ -284,4 +284,12 @@ def _report(fault: ImgtoolError, json: bool) -> int:
 
 def main() -> NoReturn:
     """Run the command line of this process."""
-    sys.exit(run(sys.argv[1:]))
+    if not names.many():
+        sys.exit(run(sys.argv[1:]))
+    from imgtool import dist
+
+    try:
+        code: object = run(sys.argv[1:])
+    except SystemExit as ending:
+        code = ending.code
+    dist.leave(code if isinstance(code, int) else DONE)

@@ -226,6 +226,7 @@ from pathlib import Path
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import test_dist
 test_dist.train_all(*map(Path, sys.argv[1:]))
+test_dist.dist.leave(0)
 """
 
 COMPILED = CHILD.replace("train_all", "train_both_ways")

@@ -1010,7 +1010,8 @@ def test_an_interrupted_batch_ends_its_workers_and_says_how_to_go_on(
     time.sleep(0.15)
     process.send_signal(signal.SIGINT)  # which does not keep it from ending them
     _, err = process.communicate()
-    assert process.returncode == 130
+    # Killed by it, as the shell tells by 130 too, where Python has let go of its handlers already.
+    assert process.returncode in (130, -signal.SIGINT)
     assert err.rstrip().endswith("interrupted")
     assert "of 30 photos are done: the same command with --skip-existing goes on" in err
     # Python warns of a file that the signal caught while it was being opened.
