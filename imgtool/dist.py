@@ -136,8 +136,9 @@ def joined() -> Iterator[World]:
 def leave(code: int) -> NoReturn:
     """End this process, one of many, with its code.
 
-    It is not left to Python to take itself apart, which a thread of torch's may answer by an abort ("terminate
-    called without an active exception"): torchrun would call the training failed, and end the others.
+    It is not left to Python to take itself apart, which a thread of torch's may answer by an abort
+    ("terminate called without an active exception"): torchrun would call the training failed, and end the
+    others.
     """
     atexit._run_exitfuncs()
     sys.stdout.flush()
