@@ -581,6 +581,9 @@ def test_shards_in_a_bucket_come_one_after_the_other(
     cache, moved = tmp_path / "cache" / "streams", []
     old = spool.make(cache / "old", {})  # of a process that was killed
     os.close(old)
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as torchrun says
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     urls = [f"{url}/shards/{number}.tar" for number in (2, 0, 1)]
     for number, (path,) in zip((2, 0, 1), shards.arriving(urls, lambda: moved.append(1)), strict=True):
         assert Path(path).read_bytes() == b"%d" % number * 100

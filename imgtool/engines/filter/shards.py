@@ -135,7 +135,7 @@ class _Coming:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "imgtool", *words],
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-            start_new_session=True,
+            start_new_session=True, env=os.environ | {"WORLD_SIZE": "1"},  # it is none of those of torchrun
         )  # fmt: skip
 
     def awaited(self, moved: Callable[[], None]) -> Path:
