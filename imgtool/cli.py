@@ -6,11 +6,13 @@ said, so that help and completion never wait for torch.
 
 from __future__ import annotations
 
+import atexit
 import importlib
 import inspect
 import os
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -22,7 +24,7 @@ import typer.main
 
 from imgtool import __version__, engines, names
 from imgtool.console import Console
-from imgtool.errors import DONE, INTERRUPTED, USAGE, ImgtoolError
+from imgtool.errors import DONE, FAILED, INTERRUPTED, USAGE, ImgtoolError
 from imgtool.flags import Command, Flag, commands, flags, general
 from imgtool.settings import VERBS, Settings, Train
 from imgtool.settings.sources import resolve, to_toml
@@ -283,13 +285,40 @@ def _report(fault: ImgtoolError, json: bool) -> int:
 
 
 def main() -> NoReturn:
-    """Run the command line of this process."""
-    if not names.many():
-        sys.exit(run(sys.argv[1:]))
-    from imgtool import dist
-
+    """Run the command line of this process, and end the process."""
+    _open_streams()
     try:
         code: object = run(sys.argv[1:])
     except SystemExit as ending:
         code = ending.code
-    dist.leave(code if isinstance(code, int) else DONE)
+    leave(code if isinstance(code, int) else DONE)
+
+
+def _open_streams() -> None:
+    """Have standard streams that were closed lead to nowhere; else the next file would take their place."""
+    while (opened := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(opened, True)
+    os.close(opened)
+    for number, name in enumerate(("stdout", "stderr"), 1):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w"))  # noqa: SIM115 - open to the end
+
+
+def leave(code: int) -> NoReturn:
+    """End this process as Python does, but for its taking itself apart.
+
+    That aborts the process where a thread of a library comes back to Python meanwhile, such as one of Arrow
+    or Gloo ("PyGILState_Release: thread state must be current when releasing", "terminate called without an
+    active exception"; see https://github.com/python/cpython/issues/87135).
+
+    Args:
+        code: The exit code; 0 becomes 1 where what was printed last cannot be written.
+    """
+    threading._shutdown()  # type: ignore[attr-defined] # in the order of Py_FinalizeEx
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            code = code or FAILED
+    os._exit(code)

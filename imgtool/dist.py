@@ -7,16 +7,14 @@ One process alone is a world of size 1, in which nothing here costs anything.
 
 from __future__ import annotations
 
-import atexit
 import inspect
 import os
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
@@ -131,19 +129,6 @@ def joined() -> Iterator[World]:
     finally:
         _world = World()
         distributed.destroy_process_group()
-
-
-def leave(code: int) -> NoReturn:
-    """End this process, one of many, with its code.
-
-    It is not left to Python to take itself apart, which a thread of torch's may answer by an abort
-    ("terminate called without an active exception"): torchrun would call the training failed, and end the
-    others.
-    """
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 def _meet(mine: World) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import runpy
+import shlex
 import subprocess
 import sys
 import types
@@ -12,11 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tomli
 
-from imgtool import __version__, engines
-from imgtool.cli import main, run
+from imgtool import __version__, engines, images
+from imgtool.cli import run
 from imgtool.errors import ImgtoolError
 from imgtool.flags import commands, flags, general
 from imgtool.settings import VERBS
@@ -25,6 +27,7 @@ from imgtool.settings.sources import resolve
 ROOT = Path(__file__).parents[1]
 HEAVY = "torch torchvision numpy cv2 PIL imageio rawpy tifffile matplotlib jinja2 safetensors".split()
 COMMANDS = list(commands())
+FULL = pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 
 
 @pytest.fixture(autouse=True)
@@ -254,12 +257,62 @@ def test_help_of_groups_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"imgtool {__version__}\n"
 
 
-def test_main_exits(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sys, "argv", ["imgtool", "infr"])
-    with pytest.raises(SystemExit) as caught:
-        main()
-    assert caught.value.code == 2
-    assert "error:" in capsys.readouterr().err
+ENDING = """
+import atexit, sys, threading, time
+from concurrent.futures import ThreadPoolExecutor
+from imgtool.cli import main
+
+class Kept:
+    def __del__(self):
+        print("taken apart")
+
+kept = Kept()
+atexit.register(print, "the handler has run")
+ThreadPoolExecutor().submit(lambda: (time.sleep(0.2), print("the work is done")))
+threading.Thread(target=time.sleep, args=(1000,), daemon=True).start()
+sys.argv[1:] = ["--version"]
+main()
+"""
+
+
+def test_main_ends_the_process_itself() -> None:
+    done = subprocess.run([sys.executable, "-c", ENDING], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert done.stdout.split("\n") == [
+        f"imgtool {__version__}", "the work is done", "the handler has run", ""
+    ]  # fmt: skip
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        ("infr", 2, "error:"),
+        ("--version >&-", 0, ""),
+        ("infr 2>&-", 2, ""),
+        pytest.param("infer filter photo.png -o dark.png >&- 2>&-", 0, "", marks=pytest.mark.slow),
+        pytest.param("--version > /dev/full", 1, "No space", marks=FULL),
+    ],
+)
+def test_main_exits(words: str, code: int, said: str, tmp_path: Path) -> None:
+    images.write(tmp_path / "photo.png", images.Photo(np.zeros((8, 8, 3), np.uint8)))
+    command = f"{shlex.quote(sys.executable)} -m imgtool {words}"
+    done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    assert done.stderr.startswith(said) if said == "error:" else said in done.stderr
+    if "dark" in words:
+        assert images.read(tmp_path / "dark.png").pixels.shape == (8, 8, 3)
+
+
+@FULL
+def test_a_last_word_that_cannot_be_written_is_a_failure() -> None:
+    last = "import atexit; from imgtool.cli import leave; atexit.register(print, 'the last word'); leave(0)"
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", last], stdout=full, stderr=subprocess.PIPE, env=buffered, check=False
+        )
+    assert done.returncode == 1
 
 
 LIGHT = f"""

@@ -225,8 +225,9 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import test_dist
+from imgtool import cli
 test_dist.train_all(*map(Path, sys.argv[1:]))
-test_dist.dist.leave(0)
+cli.leave(0)
 """
 
 COMPILED = CHILD.replace("train_all", "train_both_ways")
