@@ -11,6 +11,7 @@ import importlib
 import inspect
 import os
 import re
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -291,6 +292,9 @@ def main() -> NoReturn:
         code: object = run(sys.argv[1:])
     except SystemExit as ending:
         code = ending.code
+    except KeyboardInterrupt:  # a second one, while the first was told
+        Console().say("interrupted")
+        code = INTERRUPTED
     leave(code if isinstance(code, int) else DONE)
 
 
@@ -314,6 +318,8 @@ def leave(code: int) -> NoReturn:
     Args:
         code: The exit code; 0 becomes 1 where what was printed last cannot be written.
     """
+    if code == INTERRUPTED:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # another one ends it at once, in silence
     threading._shutdown()  # type: ignore[attr-defined] # in the order of Py_FinalizeEx
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):

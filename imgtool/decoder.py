@@ -78,15 +78,16 @@ class Decoder:
             child, late = self._ready(), threading.Event()
             clock = threading.Timer(timeout, _give_up, (child, late))
             clock.daemon = True
-            clock.start()
             try:
+                clock.start()
                 answer = _exchange(child, request)
             except BaseException:  # interrupted: what it still writes belongs to no question
                 self._stop()
                 raise
             finally:
                 clock.cancel()
-                clock.join()
+                if clock.ident is not None:
+                    clock.join()
             if late.is_set() or answer is None:
                 self._stop()
                 reason = f"no end after {timeout:g} s" if late.is_set() else "decoding crashed"

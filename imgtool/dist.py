@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import inspect
 import os
+import signal
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any, TypeVar
@@ -122,7 +123,10 @@ def joined() -> Iterator[World]:
             warnings.filterwarnings("ignore", message="Grad strides do not match")  # of sides of length 1
             yield mine
     except BaseException as fault:
-        ending = _told(fault, _first_to_tell(store))
+        alone = _first_to_tell(store)
+        if alone:
+            _untouched()
+        ending = _told(fault, alone)
         if ending is not fault:
             raise ending from None
         raise
@@ -154,6 +158,12 @@ def _first_to_tell(store: Any) -> bool:
         return int(store.add("told", 1)) == 1
     except RuntimeError:  # it lived in the process that has ended
         return True
+
+
+def _untouched() -> None:
+    """Pass over the signal by which ``torchrun`` ends all once one has ended: this one has to tell why."""
+    with suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _told(fault: BaseException, alone: bool) -> BaseException:

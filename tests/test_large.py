@@ -390,7 +390,7 @@ from imgtool import cli
 from imgtool.memory import peak_mb
 code = cli.run(sys.argv[1:])
 print(peak_mb(), file=sys.stderr)
-sys.exit(code)
+cli.leave(code)
 """
 
 

@@ -55,7 +55,7 @@ def test_what_has_nothing_to_turn_is_learnt_as_by_adamw(shape: tuple[int, ...]) 
     one, other = (nn.Parameter(random(*shape, seed=9)) for _ in range(2))
     soap = moved(Soap([one], 0.1, BETAS, weight_decay=0.2), one, [random(*shape, seed=8), *gradients])
     adamw = moved(torch.optim.AdamW([other], 0.1, BETAS, weight_decay=0.2), other, gradients)
-    assert torch.allclose(soap, adamw, rtol=1e-5)
+    assert torch.allclose(soap, adamw, rtol=1e-5, atol=1e-6)  # of values that pass 1: roundings of float32
 
 
 def test_the_first_step_moves_nothing() -> None:

@@ -279,7 +279,7 @@ def test_where_something_lies_all_processes_end_with_one_error(
         for rank in "01"
     ]  # fmt: skip
     try:
-        told = "".join(each.communicate(timeout=60)[1] for each in both)
+        told = "".join(each.communicate(timeout=300)[1] for each in both)
     finally:
         for each in both:
             with each:

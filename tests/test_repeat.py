@@ -294,6 +294,28 @@ def test_processes_save_when_interrupted_and_go_on(
     assert begun(tmp_path) == ["out resume ", "out resume ", "out "]
 
 
+HELD = """
+import time
+from imgtool import cli, train
+learn = train.Loop._learn
+def held(loop, batch):
+    while loop.step == 3 and not loop.interrupted:
+        time.sleep(0.01)
+    learn(loop, batch)
+train.Loop._learn = held
+cli.main()
+"""
+"""The command line, on which a run does not go on after a step until it is interrupted."""
+
+PARENT = f"""
+import sys
+from imgtool import cli, repeat
+words = repeat.Processes.command
+repeat.Processes.command = lambda *given: [sys.executable, "-c", {HELD!r}, *words(*given)[3:]]
+cli.main()
+"""
+
+
 @pytest.mark.slow
 def test_processes_on_the_command_line(photographs: Path, tmp_path: Path) -> None:
     """Two real runs, interrupted once, are the same as one by itself."""
@@ -303,9 +325,11 @@ def test_processes_on_the_command_line(photographs: Path, tmp_path: Path) -> Non
     ).split()
     folder = tmp_path / "all"
     asked = [*words, "-o", str(folder), "--runs", "2", "--parallel", "2", "--threads", "2"]
-    begun = subprocess.Popen([sys.executable, "-m", "imgtool", *asked], stderr=subprocess.PIPE, text=True)
+    begun = subprocess.Popen([sys.executable, "-c", PARENT, *asked], stderr=subprocess.PIPE, text=True)
+    running = {"run-00", "run-01"}
     for line in begun.stderr or ():
-        if "step 3" in line:
+        running -= {line[:6]} if "step 3" in line else set()
+        if not running:
             begun.terminate()
             break
     rest = begun.communicate()[1]

@@ -875,6 +875,7 @@ def runner(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
 
 Start = Callable[..., "subprocess.Popen[str]"]
+Hold = Callable[[str], "Held"]
 
 
 @pytest.fixture
@@ -882,9 +883,10 @@ def start() -> Iterator[Start]:
     """Return a function that starts a command; what still runs at the end is killed."""
     started: list[subprocess.Popen[str]] = []
 
-    def call(*words: str) -> subprocess.Popen[str]:
+    def call(*words: str, first: Sequence[str] = ()) -> subprocess.Popen[str]:
+        words = (*WORDS[:2], *first, *WORDS[2:], "-o", "out", *words)
         process = subprocess.Popen(
-            [sys.executable, "-W", "error", "-m", "imgtool", *WORDS, "-o", "out", *words],
+            [sys.executable, "-W", "error", "-m", "imgtool", *words],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         started.append(process)
@@ -896,9 +898,49 @@ def start() -> Iterator[Start]:
             process.kill()
 
 
+class Held:
+    """A photo that nobody can read to its end before it is let go: a pipe lies in its place."""
+
+    def __init__(self, path: str) -> None:
+        self.path, self.photo = Path(path), Path(path).with_suffix(".kept")
+        self.ends: list[int] = []
+        self.path.rename(self.photo)
+        os.mkfifo(self.path)
+
+    def is_read(self) -> bool:
+        """Tell whether a process has it open."""
+        with suppress(OSError):  # nobody has
+            self.ends.append(os.open(self.path, os.O_WRONLY | os.O_NONBLOCK))
+            return True
+        return False
+
+    def let_go(self) -> None:
+        """Put the photo back; who reads the pipe comes to its end, and looks again."""
+        if self.photo.exists():
+            self.ends.append(os.open(self.path, os.O_RDWR))  # wakes who is about to open it
+            os.replace(self.photo, self.path)
+        while self.ends:
+            os.close(self.ends.pop())
+
+
+@pytest.fixture
+def hold() -> Iterator[Callable[[str], Held]]:
+    """Return a function that holds a photo, which must be named in full: in folders a pipe is no photo."""
+    held: list[Held] = []
+
+    def call(path: str) -> Held:
+        held.append(Held(path))
+        return held[-1]
+
+    yield call
+    for each in held:
+        each.let_go()
+
+
 def until(found: Callable[[], Any]) -> Any:
     """Wait until something is found, and return it."""
-    for _ in range(3000):
+    end = time.monotonic() + 300
+    while time.monotonic() < end:
         value = found()
         if value:
             return value
@@ -920,36 +962,45 @@ def alive(process: int) -> bool:
 
 
 @pytest.mark.slow
-def test_workers_do_what_the_plain_run_does(runner: str, start: Start) -> None:
-    for n in range(7):  # the first two, which one worker is dealt, last until the other one is there
-        put(f"in/{n % 2}/{n}.png", *((1200 + n, 1600) if n in (0, 2) else (100 + n, 90)))
+def test_workers_do_what_the_plain_run_does(runner: str, start: Start, hold: Hold) -> None:
+    put("in/a.png", 1200, 1600)
+    names = ["in/a.png", *(f"in/{n % 2}/{n}.png" for n in range(1, 7))]
+    for n, each in enumerate(names[1:], 1):
+        put(each, 100 + n, 90)
     Path("in/bad.png").write_bytes(b"no photo")
     words = ["--compare", "--side-by-side"]
     assert cli.run([*WORDS, *words, "-o", "plain"]) == 1
-    process = start("--runner", runner, "--workers", "2", "--json", *words)
+    held = hold("in/a.png")  # which the first worker has until the other one is there
+    process = start("--runner", runner, "--workers", "2", "--json", *words, first=["in/a.png"])
+    until(lambda: len({line["worker"] for line in manifest() if line["status"] == "begun"}) == 2)
+    held.let_go()
     out, err = process.communicate()
     assert process.returncode == 1
     assert content("out") == content("plain")
     *records, end = [json.loads(line) for line in out.splitlines()]
-    assert {each["input"] for each in records} == {f"in/{n % 2}/{n}.png" for n in range(7)} | {"in/bad.png"}
+    assert {each["input"] for each in records} == {*names, "in/bad.png"}
     assert {key: end["summary"][key] for key in ("photos", "done", "failed", "left_out")} == {
         "photos": 8, "done": 7, "failed": 1, "left_out": 0,
     }  # fmt: skip
     assert end["summary"]["images_per_second"] > 0
     assert "error: in/bad.png is not an image" in err
     assert "1 of 8 failed:" in err
-    assert len({line["worker"] for line in manifest() if line["status"] == "begun"}) == 2
     until(lambda: not any(alive(int(line["worker"].rpartition(":")[2])) for line in manifest()))
 
 
 @pytest.mark.slow
-def test_a_worker_killed_in_the_middle_of_its_photo_loses_nothing(runner: str, start: Start) -> None:
+def test_a_worker_killed_in_the_middle_of_its_photo_loses_nothing(
+    runner: str, start: Start, hold: Hold
+) -> None:
     put("in/a.png", 1500, 2000)
     for n in range(6):
         put(f"in/b{n}.png", 40 + n)
     assert cli.run([*WORDS, "-o", "plain"]) == 0
-    process = start("--runner", runner, "--workers", "2")
-    os.kill(until(lambda: begun("in/a.png"))[0], signal.SIGKILL)
+    held = hold("in/a.png")
+    process = start("--runner", runner, "--workers", "2", first=["in/a.png"])
+    until(held.is_read)
+    os.kill(begun("in/a.png")[0], signal.SIGKILL)
+    held.let_go()
     _, err = process.communicate()
     assert process.returncode == 0
     assert "died (" in err
@@ -959,15 +1010,14 @@ def test_a_worker_killed_in_the_middle_of_its_photo_loses_nothing(runner: str, s
 
 
 @pytest.mark.slow
-def test_a_photo_whose_workers_die_is_given_up_after_three(start: Start) -> None:
+def test_a_photo_whose_workers_die_is_given_up_after_three(start: Start, hold: Hold) -> None:
     put("in/a.png", 1500, 2000)
     put("in/b.png")
-    process = start("--runner", "processes", "--workers", "1")
+    held = hold("in/a.png")
+    process = start("--runner", "processes", "--workers", "1", first=["in/a.png"])
     for count in (1, 2, 3):
-        os.kill(
-            until(lambda count=count: len(begun("in/a.png")) == count and begun("in/a.png"))[-1],
-            signal.SIGKILL,
-        )
+        until(lambda count=count: len(begun("in/a.png")) == count and held.is_read())
+        os.kill(begun("in/a.png")[-1], signal.SIGKILL)
     out, err = process.communicate()
     assert process.returncode == 1
     assert "error: in/a.png: the process that worked on it died 3 times" in err
@@ -977,14 +1027,17 @@ def test_a_photo_whose_workers_die_is_given_up_after_three(start: Start) -> None
 
 
 @pytest.mark.slow
-def test_a_driver_that_is_killed_is_gone_on_from(runner: str, start: Start) -> None:
+def test_a_driver_that_is_killed_is_gone_on_from(runner: str, start: Start, hold: Hold) -> None:
     for n in range(30):
         put(f"in/{n:02}.png", 300, 400)
     assert cli.run([*WORDS, "-o", "plain"]) == 0
     words = ["--runner", runner, "--workers", "2"]
-    process = start(*words)
+    held = hold("in/29.png")
+    process = start("in/29.png", *words)
     until(lambda: list(last().values()).count("done") >= 3)
     process.kill()
+    process.wait()
+    held.let_go()  # its reader holds the other ends of the driver's streams
     process.communicate()
     workers = {int(line["worker"].rpartition(":")[2]) for line in manifest()}
     until(lambda: not any(map(alive, workers)))
@@ -1000,11 +1053,12 @@ def test_a_driver_that_is_killed_is_gone_on_from(runner: str, start: Start) -> N
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_batch_ends_its_workers_and_says_how_to_go_on(
-    number: signal.Signals, runner: str, start: Start
+    number: signal.Signals, runner: str, start: Start, hold: Hold
 ) -> None:
     for n in range(30):
         put(f"in/{n:02}.png", 300, 400)
-    process = start("--runner", runner, "--workers", "2")
+    held = hold("in/29.png")
+    process = start("in/29.png", "--runner", runner, "--workers", "2")
     until(lambda: list(last().values()).count("done") >= 2)
     process.send_signal(number)
     time.sleep(0.15)
@@ -1018,6 +1072,7 @@ def test_an_interrupted_batch_ends_its_workers_and_says_how_to_go_on(
     assert "Traceback" not in err or "ResourceWarning: unclosed file" in err
     until(lambda: not any(alive(int(line["worker"].rpartition(":")[2])) for line in manifest()))
     assert not [name for name in content("out") if name.startswith(".")]
+    held.let_go()
     process = start("--runner", runner, "--workers", "2", "--skip-existing")
     process.communicate()
     assert process.returncode == 0

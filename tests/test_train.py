@@ -65,7 +65,7 @@ def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- killed and resumed, on the command line --------------------------------------------------
 
 SIGNALLED = """
-import os, subprocess, sys
+import os, subprocess
 from imgtool import cli, train
 learn = train.Loop._learn
 def until(loop, batch):
@@ -73,7 +73,7 @@ def until(loop, batch):
         subprocess.call(["kill", "-{number}", "--", f"-{{os.getpgid(0)}}"])
     learn(loop, batch)
 train.Loop._learn = until
-sys.exit(cli.run(sys.argv[1:]))
+cli.main()
 """
 """The command line, in which all processes of a run get a signal at a step, as a terminal sends it.
 

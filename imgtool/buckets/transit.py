@@ -7,7 +7,7 @@ import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Container, Iterable, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -300,7 +300,10 @@ class Transit:
             raise ImgtoolError(f"{item.url}: {item.refused}")
         self._hold()
         found = item.found if isinstance(item, Photo) else Found(source.relative_to(owner[0]).as_posix())
-        with files.atomic(source) as temporary:
+        with ExitStack() as stack:
+            with self._lock:  # nothing is made in a spool that is being cleared
+                self._go_on_or_close()
+                temporary = stack.enter_context(files.atomic(source))
             self._fetch_right(owner[1], found, item.url, temporary)
             os.utime(temporary, (spool.DATE, spool.DATE))
             self._go_on_or_close()

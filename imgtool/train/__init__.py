@@ -155,13 +155,15 @@ def run(engine: Engine, settings: Train, console: Console) -> int:
 
 
 def _run(engine: Engine, settings: Train, console: Console) -> int:
+    folder = run_folder(engine, settings)
+    held = any((folder / name).exists() for name in (STATE, CAMPAIGN))  # a search's space is written before
     if settings.search and settings.out and (settings.out / searching.SPACE).exists():
         settings = settings.changed(resume=settings.out, out=None)  # somebody began: help with it
     settings = resumed(engine, settings, partial(places.mirrored, console=console))
     track.check(settings)
-    folder = run_folder(engine, settings)
+    folder = settings.resume or folder
     campaign = _wants_campaign(engine, settings)
-    if not settings.resume and any((folder / name).exists() for name in (STATE, CAMPAIGN)):
+    if not settings.resume and held:
         raise ImgtoolError(
             f"{folder} already holds a run",
             f"go on with it by --resume {folder}, or name another folder by -o",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -33,6 +34,7 @@ class Bucket:
         latency: Seconds that every request waits.
         cut: Requests of content that end in the middle, after ``cut_at`` bytes.
         busy: Requests of content, or to write, that are answered with 503.
+        answers: Requests of content that are answered; all later ones wait until ``go`` is set.
         composite: Whether the ETag of an object is not its MD5.
         denied: What is answered with 403, of "list", "GET" and "HEAD".
         signed: The Authorization headers that were seen.
@@ -43,6 +45,7 @@ class Bucket:
         """Hold these objects."""
         self.name, self.url, self.objects = name, "", objects
         self.latency, self.cut, self.cut_at, self.busy, self.composite = 0.0, 0, 1000, 0, False
+        self.answers, self.go = sys.maxsize, threading.Event()
         self.asked: list[tuple[str, str]] = []
         self.denied: tuple[str, ...] = ()
         self.signed: set[str] = set()
@@ -128,6 +131,9 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command == "GET":
             with self.bucket.lock:
                 self.bucket.asked.append((key, asked))
+                waits = len(self.bucket.asked) > self.bucket.answers
+            if waits:
+                self.bucket.go.wait()
             if self.bucket.take("busy"):
                 return self._error(503, "SlowDown")
         if self.headers.get("If-Match", tag) != tag:
@@ -169,6 +175,7 @@ def serve(objects: dict[str, bytes], name: str = "bucket") -> Iterator[Bucket]:
     try:
         yield bucket
     finally:
+        bucket.go.set()
         server.shutdown()
         server.server_close()
         thread.join()

@@ -62,7 +62,7 @@ class Shelf:
             raise self.wrong.pop()
         self.asked.append(self.url(found.path))
         if self.gate:
-            self.gate.wait(10)
+            self.gate.wait(60)
         return self.spoilt.pop() if self.spoilt else self.files[self.url(found.path)]
 
     def read(self, found: Found, begin: int, end: int) -> bytes:
@@ -100,11 +100,10 @@ def _items(transit: Transit, url: str = "s3://b/set") -> list[files.Item]:
 
 
 def _until(true: Callable[[], bool]) -> None:
-    for _ in range(1000):
-        if true():
-            break
+    end = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < end
         time.sleep(0.005)
-    assert true()
 
 
 # --- listings ---
@@ -258,8 +257,8 @@ def test_a_photo_that_is_dropped_on_its_way_does_not_stay(transit: Transit, shel
     _until(lambda: items[0].source not in transit._dropped)
     shelf.gate.set()
     task.join()
-    _until(lambda: not transit._dropped)
-    assert [bool(item.source and item.source.exists()) for item in items] == [True, False, False]
+    _until(lambda: [item.source and item.source.exists() for item in items] == [True, False, False])
+    assert not transit._dropped
     assert len(shelf.asked) == 3
 
 
@@ -493,9 +492,8 @@ def test_nobody_waits_for_a_server_that_stalls(transit: Transit, shelf: type[She
     shelf.gate = threading.Event()
     transit.ahead(_items(transit))
     _until(lambda: len(shelf.asked) == 3)
-    began = time.monotonic()
     transit.close()
-    assert time.monotonic() - began < 1
+    assert not any(task.done() for task in transit._tasks.values())
     assert not Path(transit.plan.spool).exists()
     shelf.gate.set()
     _until(lambda: all(task.done() for task in transit._tasks.values()))
@@ -522,9 +520,14 @@ def test_who_stops_waits_for_no_upload(
 ) -> None:
     made = Path(transit.local("s3://b/made/"), "c.png")
     files.write(made, b"made")
-    gate = threading.Event()
+    gate, written = threading.Event(), threading.Event()
+
+    def stall(self: Shelf, source: Path, path: str) -> None:
+        gate.wait(60)
+        written.set()
+
     monkeypatch.setattr(outlet, "HURRY", 0.05)
-    monkeypatch.setattr(shelf, "write", lambda self, source, path: gate.wait(10))
+    monkeypatch.setattr(shelf, "write", stall)
 
     def stopped() -> None:
         try:
@@ -532,10 +535,9 @@ def test_who_stops_waits_for_no_upload(
         finally:
             transit.send([made])
 
-    began = time.monotonic()
     with pytest.raises(Offline, match="no answer within"):
         stopped()
-    assert time.monotonic() - began < 5
+    assert not written.is_set()
     gate.set()
 
 
@@ -549,7 +551,7 @@ def test_a_command_ends_while_a_server_stalls(
 
     def stall(self: gcs._Handler, *told: object) -> None:
         reached.set()
-        gate.wait(60)
+        gate.wait()
 
     monkeypatch.setattr(gcs._Handler, "_content", stall)
     with gcs.serve({f"set/{n}.jpg": b"x" for n in range(3)}) as server:
@@ -558,10 +560,14 @@ def test_a_command_ends_while_a_server_stalls(
             [sys.executable, "-m", "imgtool", "infer", "filter", "gs://bucket/set", "-o", "gs://bucket/x/"],
             env=surroundings, cwd=tmp_path, preexec_fn=lambda: signal.signal(stop, _usual(stop)),
         )  # fmt: skip
-        assert reached.wait(60)
-        child.send_signal(stop)
-        assert child.wait(10) == 130
-        gate.set()
+        try:
+            assert reached.wait(300)
+            child.send_signal(stop)
+            assert child.wait(50) == 130  # before a request is given up, which is after 60 s
+        finally:
+            gate.set()
+            child.kill()
+            child.wait()
     assert not list(tmp_path.glob("spool/*"))
 
 
@@ -739,11 +745,12 @@ def test_a_sender_outlives_files_that_vanish_and_disks_that_fail(
 def test_who_stops_twice_waits_for_no_folder(
     shelf: type[Shelf], run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gate, begun = threading.Event(), threading.Event()
+    gate, begun, written = threading.Event(), threading.Event(), threading.Event()
 
     def stall(self: Shelf, source: Path, path: str) -> None:
         begun.set()
-        gate.wait(10)
+        gate.wait(60)
+        written.set()
 
     def interrupt() -> None:
         begun.wait()
@@ -752,10 +759,9 @@ def test_who_stops_twice_waits_for_no_folder(
     monkeypatch.setattr(shelf, "write", stall)
     before = signal.signal(signal.SIGUSR1, signal.default_int_handler)
     threading.Thread(target=interrupt, daemon=True).start()
-    began = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         send.send(run, "s3://b/run", {})
-    assert time.monotonic() - began < 5
+    assert not written.is_set()
     gate.set()
     signal.signal(signal.SIGUSR1, before)
 

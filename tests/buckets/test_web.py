@@ -392,10 +392,10 @@ def test_what_is_no_address_a_host_that_is_not_there_and_a_closed_port_are_said(
     def unknown(*_: object, **__: object) -> None:
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
-    with socket.create_server(("127.0.0.1", 0)) as port:
-        number = port.getsockname()[1]
-    with pytest.raises(Offline, match="refused"):
-        buckets.open(f"http://127.0.0.1:{number}/x").list()
+    with socket.socket() as port:  # which nobody listens at, and nobody else can take
+        port.bind(("127.0.0.1", 0))
+        with pytest.raises(Offline, match="refused"):
+            buckets.open(f"http://127.0.0.1:{port.getsockname()[1]}/x").list()
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
     with pytest.raises(Offline, match=r"no such host: nowhere\.test"):
         buckets.open("http://nowhere.test/x").list()
@@ -410,21 +410,24 @@ def test_a_server_that_says_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.slow
-def test_a_certificate_is_checked(web: hub.Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_certificate_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pem = tmp_path / "own.pem"
     pem.write_bytes(_certificate())
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(pem)
+    web = hub.Server(hub.Web)
+    web.files = dict(PHOTOS)
     web.socket = context.wrap_socket(web.socket, server_side=True)
-    address = f"https://127.0.0.1:{web.server_address[1]}/set/"
-    with pytest.raises(ImgtoolError, match=r"certificate of .* is not trusted: self-signed") as fault:
-        buckets.open(address).list()
-    assert "SSL_CERT_FILE" in fault.value.hint
-    monkeypatch.setenv("SSL_CERT_FILE", str(pem))
-    assert buckets.open(address).list() == _listing("/set/")
-    web.wrong["/set/ü.jpg"] = ["moved:http://127.0.0.1/ü.jpg"]
-    with pytest.raises(ImgtoolError, match="not encrypted"):
-        buckets.open(address).whole(Found("ü.jpg"))
+    with hub.serving(web):
+        address = f"https://127.0.0.1:{web.server_address[1]}/set/"
+        with pytest.raises(ImgtoolError, match=r"certificate of .* is not trusted: self-signed") as fault:
+            buckets.open(address).list()
+        assert "SSL_CERT_FILE" in fault.value.hint
+        monkeypatch.setenv("SSL_CERT_FILE", str(pem))
+        assert buckets.open(address).list() == _listing("/set/")
+        web.wrong["/set/ü.jpg"] = ["moved:http://127.0.0.1/ü.jpg"]
+        with pytest.raises(ImgtoolError, match="not encrypted"):
+            buckets.open(address).whole(Found("ü.jpg"))
 
 
 def _certificate() -> bytes:

@@ -105,8 +105,8 @@ def test_timings_are_of_cpu_time_and_short_calls_go_together() -> None:
     told = worker.timed(work, 5)
     assert told["batch"] == 1
     assert 1.9 < told["p50"] <= told["max"] < 50
-    slept = worker.timed(lambda number: time.sleep(0.002), 5)
-    assert slept["p50"] < 1  # waiting is no work
+    slept = worker.timed(lambda number: time.sleep(0.02), 5)
+    assert slept["p50"] < 10  # waiting is no work
     assert worker.timed(lambda number: None, 5)["batch"] > 10
 
 

@@ -27,6 +27,7 @@ from imgtool.engines.awb import mosaic, reading, sets
 from imgtool.engines.awb.settings import Bench, Model, Train
 from imgtool.engines.awb.stats import AwbStats
 from imgtool.errors import FAILED, USAGE, ImgtoolError
+from imgtool.memory import peak_mb
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import dng
@@ -88,7 +89,7 @@ def test_a_grey_card_shows_the_light(tmp_path: Path, pattern: str, margin: tuple
     assert (found.black, found.white, found.saturated) == (64, 4095, 0)
     assert (found.domain, found.name) == ("raw", "card")
     assert found.about["camera_gains"] == pytest.approx([2, 1 / 0.7], rel=1e-3)
-    assert 5 < found.about["peak_mb"] < 1000
+    assert 5 < found.about["peak_mb"] < peak_mb() + 100  # a fork has at first what its parent has
     assert found.about["peak_mb"] >= found.about["shared_mb"]
 
 

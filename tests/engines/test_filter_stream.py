@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import os
+import socket
 import subprocess
 import sys
 import tarfile
@@ -164,14 +165,15 @@ def test_a_fault_of_the_source_meets_the_next_draw(after: int, fault: Exception)
 @pytest.mark.parametrize("held", [0, 5])
 def test_a_source_that_says_nothing_is_given_up(held: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream, "PATIENCE", 0.05)
-    gate = threading.Event()
+    gate, silent = threading.Event(), threading.Event()
 
     def items() -> Iterator[Thing]:
         yield from map(Thing, range(held))
+        silent.set()
         gate.wait(20)
 
     buffer = Buffer(items, Limits(2, 10))
-    assert until(lambda: buffer.came == held)
+    assert silent.wait(20)
     time.sleep(0.06)
     with pytest.raises(ImgtoolError, match=r"no picture for 0\.05 seconds") as fault:
         buffer.draw(rng())
@@ -473,7 +475,12 @@ class TestLibrary:
 # --- a source that dies ----------------------------------------------------------------------
 
 SERVER = """
-import functools, http.server, io, os, re, sys
+import functools, http.server, io, os, re, socket, sys
+
+class Server(http.server.ThreadingHTTPServer):
+    def server_bind(self):
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        super().server_bind()
 
 class Handler(http.server.SimpleHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
@@ -496,19 +503,29 @@ class Handler(http.server.SimpleHTTPRequestHandler):
         pass
 
 address = ("127.0.0.1", int(sys.argv[2]))
-server = http.server.ThreadingHTTPServer(address, functools.partial(Handler, directory=sys.argv[1]))
-print(server.server_address[1], flush=True)
+server = Server(address, functools.partial(Handler, directory=sys.argv[1]))
+print("listens", flush=True)
 server.serve_forever()
 """
 
 
-def serve(folder: Path, port: int = 0) -> tuple[subprocess.Popen[str], int]:
+@pytest.fixture
+def port() -> Iterator[int]:
+    """A port that is nobody else's while no server listens, nor a client's that would meet itself."""
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        held.bind(("127.0.0.1", 0))
+        yield held.getsockname()[1]
+
+
+def serve(folder: Path, port: int) -> subprocess.Popen[str]:
     process = subprocess.Popen(
         [sys.executable, "-c", SERVER, str(folder), str(port)],
         stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
     )  # fmt: skip
     assert process.stdout is not None
-    return process, int(process.stdout.readline())
+    assert process.stdout.readline() == "listens\n"
+    return process
 
 
 def imgtool(folder: Path, *words: str) -> subprocess.Popen[str]:
@@ -624,12 +641,12 @@ def test_a_stream_from_a_bucket_trains(tmp_path: Path, bucket: Callable[[Path], 
 @pytest.mark.usefixtures("library")
 @pytest.mark.parametrize(("put", "workers"), [(put_tar, 1), (put_parquet, 0)])
 def test_a_source_that_is_killed_leaves_a_checkpoint(
-    tmp_path: Path, put: Callable[[Path], None], workers: int
+    tmp_path: Path, port: int, put: Callable[[Path], None], workers: int
 ) -> None:
     pytest.importorskip("aiohttp")
     put(tmp_path / "shards")
     suffix = "tar" if put is put_tar else "parquet"
-    server, port = serve(tmp_path / "shards")
+    server = serve(tmp_path / "shards", port)
     log = tmp_path / "run" / "log.jsonl"
     try:
         run = imgtool(
@@ -660,7 +677,7 @@ def test_a_source_that_is_killed_leaves_a_checkpoint(
     assert images.read(tmp_path / "x.png").pixels.shape == (64, 64, 3)
 
     steps = json.loads(log.read_text().splitlines()[-1])["step"]
-    server, _ = serve(tmp_path / "shards", port)
+    server = serve(tmp_path / "shards", port)
     try:
         again = imgtool(
             tmp_path, "train", "filter", "--resume", "run", "--steps", str(steps + 100), "--device", "cpu",

@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -100,17 +101,12 @@ def arriving(found: Sequence[str], moved: Callable[[], None]) -> Iterator[list[s
         yield [*found]
         return
     with _folder() as folder, ExitStack() as stack:
-        coming: list[_Coming] = []
-
-        def stop() -> None:
-            for each in coming:
-                each.stop()
-
-        stack.enter_context(_at_the_latest(stop))
-        coming.append(_Coming(found[0], folder / "0"))
-        for number, url in enumerate([*found[1:], ""], 1):
-            path = coming[0].awaited(moved)
-            coming[:] = [_Coming(url, folder / str(number))] if url else []
+        coming = _Shards(found, folder)
+        stack.enter_context(_at_the_latest(coming.stop))
+        coming.begin(0)
+        for number in range(1, len(found) + 1):
+            path = coming.awaited(moved)
+            coming.begin(number)
             yield [str(path)]
             shutil.rmtree(path.parent)
 
@@ -122,8 +118,35 @@ def _at_the_latest(work: Callable[[], None]) -> Iterator[None]:
     try:
         yield
     finally:
+        work()  # or the end of the process does, while this thread is at it
         atexit.unregister(work)
-        work()
+
+
+class _Shards:
+    """Fetches shards one after the other, until it is stopped by whichever thread."""
+
+    def __init__(self, urls: Sequence[str], folder: Path) -> None:
+        self._urls, self._folder = urls, folder
+        self._turn, self._stopped = threading.Lock(), False
+        self._coming: _Coming | None = None
+
+    def begin(self, number: int) -> None:
+        """Have the shard of a number come; there may be none."""
+        with self._turn:
+            if number < len(self._urls) and not self._stopped:
+                self._coming = _Coming(self._urls[number], self._folder / str(number))
+
+    def awaited(self, moved: Callable[[], None]) -> Path:
+        """Return the file of the latest shard when it is whole."""
+        assert self._coming
+        return self._coming.awaited(moved)
+
+    def stop(self) -> None:
+        """End what comes, and let nothing more come."""
+        with self._turn:
+            self._stopped = True
+            if self._coming:
+                self._coming.stop()
 
 
 class _Coming:
