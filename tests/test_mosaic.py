@@ -227,7 +227,12 @@ def linear(path: Path) -> Path:
         (50721, "2i", 9, tuple(part for value in MATRIX for part in (round(value * 10000), 10000)), True),
     ]
     tifffile.imwrite(
-        path, np.zeros((64, 64, 3), np.uint16), photometric=34892, extratags=extra, metadata=None
+        path,
+        np.zeros((64, 64, 3), np.uint16),
+        photometric=34892,
+        planarconfig="contig",
+        extratags=extra,
+        metadata=None,
     )
     return path
 

@@ -160,7 +160,7 @@ def test_black_frames_and_white_frames_have_an_answer(tmp_path: Path) -> None:
 
 def linear_dng(path: Path, values: Array) -> Path:
     tags = [(50706, "B", 4, (1, 4, 0, 0), True), (50708, "s", 0, "Maker Model", True)]
-    tifffile.imwrite(path, values, photometric=34892, extratags=tags, metadata=None)
+    tifffile.imwrite(path, values, photometric=34892, planarconfig="contig", extratags=tags, metadata=None)
     return path
 
 
