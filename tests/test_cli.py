@@ -270,7 +270,7 @@ kept = Kept()
 atexit.register(print, "the handler has run")
 ending, leave = threading.Event(), cli.leave
 cli.leave = lambda code: (ending.set(), leave(code))
-ThreadPoolExecutor().submit(lambda: (ending.wait(), time.sleep(0.2), print("the work is done")))
+ThreadPoolExecutor().submit(lambda: (ending.wait(30), time.sleep(0.2), print("the work is done")))
 threading.Thread(target=time.sleep, args=(1000,), daemon=True).start()
 sys.argv[1:] = ["--version"]
 cli.main()

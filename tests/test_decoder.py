@@ -210,6 +210,18 @@ def test_an_interruption_leaves_no_stale_answer(fake: decoder.Decoder) -> None:
     assert fake.ask("", Path("a"), "a", timeout=120)[0]["process"] != first
 
 
+def test_an_interruption_before_the_clock_runs_leaves_no_child(
+    fake: decoder.Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(_: threading.Timer) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Timer, "start", start)
+    with pytest.raises(KeyboardInterrupt):
+        fake.ask("", Path("a"), "a")
+    assert fake._child is None
+
+
 def test_threads_take_turns(fake: decoder.Decoder) -> None:
     answers: list[tuple[dict[str, Any], bytearray]] = []
     threads = [

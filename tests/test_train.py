@@ -277,6 +277,17 @@ def test_a_folder_that_holds_a_run_is_refused(tmp_path: Path) -> None:
     assert before == {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
 
 
+def test_a_search_that_somebody_began_meanwhile_is_joined(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def begun(_: object) -> None:
+        (tmp_path / train.CAMPAIGN).write_text("{}")
+
+    monkeypatch.setattr(train.track, "check", begun)
+    monkeypatch.setattr(train.searching, "run", lambda *_: 7)
+    assert train.run(TOY, toy(tmp_path, search=2), Console()) == 7
+
+
 # --- the learning rate ------------------------------------------------------------------------
 
 

@@ -158,6 +158,26 @@ def test_what_holds_no_photo_is_refused(shelf: type[Shelf], url: str, words: str
     transit.close()
 
 
+def test_a_photo_that_is_begun_too_late_brings_no_spool_back(
+    transit: Transit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, closed, spool = threading.Event(), threading.Event(), Path(transit.plan.spool)
+
+    def hold(_: Transit) -> None:
+        begun.set()
+        closed.wait(60)
+
+    monkeypatch.setattr(Transit, "_hold", hold)
+    item = _items(transit)[0]
+    transit.ahead([item])
+    (task,) = transit._tasks.values()
+    assert begun.wait(60)
+    transit.close()
+    closed.set()
+    assert task.exception(60) is not None
+    assert not spool.exists()
+
+
 @pytest.mark.parametrize("shop", ["s3://b", "https://h"])
 def test_a_name_that_looks_like_a_pattern_comes_first(shelf: type[Shelf], shop: str) -> None:
     shelf.files = {f"{shop}/in/{name}.jpg": name.encode() for name in ("x[1]", "x1", "[y]/z[2]", "y/z2")}

@@ -540,6 +540,25 @@ def imgtool(folder: Path, *words: str) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
+def test_shards_that_are_stopped_begin_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    class Coming:
+        def __init__(self, url: str, folder: Path) -> None:
+            seen.append(url)
+
+        def stop(self) -> None:
+            seen.append("stopped")
+
+    monkeypatch.setattr(shards, "_Coming", Coming)
+    monkeypatch.setattr(shards.atexit, "unregister", lambda _: seen.append("left"))
+    coming = shards._Shards(["a", "b"], tmp_path)
+    with shards._at_the_latest(coming.stop):
+        coming.begin(0)
+    coming.begin(1)
+    assert seen == ["a", "stopped", "left"]  # not left to the end of the process before it is done
+
+
 def test_shards_in_buckets_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     class Bucket:
         def __init__(self, url: str) -> None:
